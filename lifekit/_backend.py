@@ -1,0 +1,33 @@
+"""The two things that AnyIO has no word for: which loop runs here, and a task of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from contextvars import copy_context
+from typing import Any
+
+
+def running_loop() -> object | None:
+    """Return what identifies the event loop that runs here, None in a thread that has none."""
+    loop = asyncio._get_running_loop()
+    if loop is None and (trio := sys.modules.get("trio")) is not None:
+        try:
+            return trio.lowlevel.current_trio_token()  # type: ignore[no-any-return]
+        except RuntimeError:
+            return None
+    return loop
+
+
+def spawn(coroutine: Coroutine[Any, Any, None], name: str) -> object:
+    """Run *coroutine* in a task that no scope of the caller encloses; it must not raise.
+
+    Keep what is returned for as long as the task lives: asyncio does not.
+    """
+    loop = asyncio._get_running_loop()
+    if loop is not None:
+        return loop.create_task(coroutine, name=name)
+    from trio import lowlevel
+
+    return lowlevel.spawn_system_task(lambda: coroutine, name=name, context=copy_context())

@@ -1,0 +1,242 @@
+"""How a factory's result becomes an open value, and how that value is closed.
+
+What a declaration says wins, then the driver of the value's type, then the protocols that the
+value itself has. A generator and an entered context manager carry their own closing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
+from functools import partial
+from typing import Any
+
+from . import drivers
+from ._errors import DeclarationError, LifekitError, Phase
+from ._resource import Resource, Step
+
+Call = Callable[[], object]
+MADE_BY_CONTEXTLIB = (contextlib.AsyncContextDecorator, contextlib.ContextDecorator)
+
+
+class Live:
+    """One value on its way from its factory to its closing. Opened, checked, closed once each."""
+
+    __slots__ = ("driver", "entered", "flaw", "is_made", "is_open", "resource", "steps", "terminate", "value")
+
+    def __init__(self, resource: Resource[Any]) -> None:
+        self.resource = resource
+        self.value: Any = None
+        self.driver: drivers.Driver[Any] | None = None
+        self.is_made = False
+        self.is_open = False
+        self.entered = False
+        self.steps: tuple[tuple[Phase, Call], ...] = ()
+        self.terminate: Call | None = None
+        self.flaw: DeclarationError | None = None
+
+    async def open(self, needs: Sequence[Any]) -> None:
+        """Call the factory with the live values of *needs* and open what it returns."""
+        made = self.resource.factory(*needs)
+        if isinstance(made, Coroutine):
+            made = await made
+        if inspect.isasyncgen(made):
+            self._carries_its_closing(await self._first(made), partial(self._finish, made))
+        elif inspect.isgenerator(made):
+            self._carries_its_closing(self._first_sync(made), partial(self._finish_sync, made))
+        elif isinstance(made, MADE_BY_CONTEXTLIB):
+            await self._enter(made)
+        else:
+            await self._open_value(made)
+        self.is_open = True
+
+    async def check(self) -> None:
+        """Raise unless the open value works, as its declaration or else its driver checks it."""
+        if self.flaw is not None:
+            raise self.flaw
+        declared = self.resource.options.check
+        if declared is not None:
+            if await settle(self._declared("check", declared)()) is False:
+                raise LifekitError(f"the check of {self.resource.name} returned False")
+        elif self.driver is not None:
+            await self.driver.check(self.value)
+
+    def describe(self) -> str:
+        """Return what the value is, with no password."""
+        if self.driver is not None:
+            return self.driver.describe(self.value)
+        return type(self.value).__name__
+
+    def holders(self) -> Sequence[str]:
+        """Return who holds parts of the value, where its driver knows."""
+        return self.driver.holders(self.value) if self.driver is not None else ()
+
+    # -- opening ----------------------------------------------------------------------------
+
+    async def _open_value(self, value: Any) -> None:
+        self._take(value)
+        options = self.resource.options
+        if (options.close, options.wait_closed) != (None, None):
+            self.steps = self._declared_steps()
+        if self.driver is not None:
+            if not self.steps:
+                self.steps = (
+                    ("close", partial(self._driven, "close")),
+                    ("wait_closed", partial(self._driven, "wait_closed")),
+                )
+            self.value = await self.driver.open(value)
+        elif not self.steps:
+            await self._by_protocol(value)
+
+    async def _by_protocol(self, value: Any) -> None:
+        close, wait_closed = self._method("close"), self._method("wait_closed")
+        aclose = self._method("aclose")
+        if close and wait_closed:
+            self.steps = (("close", close), ("wait_closed", wait_closed))
+        elif aclose:
+            self.steps = (("close", aclose),)
+        elif _has(value, "__aenter__") and _has(value, "__aexit__"):
+            await self._enter(value)
+        elif close:
+            self.steps = (("close", close),)
+        elif _has(value, "__enter__") and _has(value, "__exit__"):
+            await self._enter(value)
+
+    async def _enter(self, manager: Any) -> None:
+        kind = type(manager)
+        if hasattr(kind, "__aenter__"):
+            value = await kind.__aenter__(manager)
+            leave = partial(kind.__aexit__, manager, None, None, None)
+        else:
+            value = kind.__enter__(manager)
+            leave = partial(kind.__exit__, manager, None, None, None)
+        self._carries_its_closing(value, leave)
+
+    def _carries_its_closing(self, value: Any, leave: Call) -> None:
+        self._take(value)
+        self.entered = True
+        declared = self._declared_steps()
+        # Alone it is the close; behind a declared close it is what ends the waiting.
+        self.steps = (*declared, ("wait_closed" if declared else "close", leave))
+
+    def _take(self, value: Any) -> None:
+        self.value, self.is_made = value, True
+        self.driver = drivers.find(value)
+        declared = self.resource.options.terminate
+        if declared is not None:
+            self.terminate = self._flawless("terminate", declared)
+        elif self.driver is not None:
+            self.terminate = partial(self._driven, "terminate")
+        else:
+            self.terminate = self._method("terminate")
+
+    def _driven(self, name: str) -> object:
+        result: object = getattr(self.driver, name)(self.value)
+        return result
+
+    # -- what the declaration and the value say ----------------------------------------------
+
+    def _declared_steps(self) -> tuple[tuple[Phase, Call], ...]:
+        options = self.resource.options
+        phases: tuple[tuple[Phase, Step | None], ...] = (
+            ("close", options.close),
+            ("wait_closed", options.wait_closed),
+        )
+        found = ((phase, self._flawless(phase, step)) for phase, step in phases if step is not None)
+        return tuple((phase, call) for phase, call in found if call is not None)
+
+    def _flawless(self, phase: Phase, step: Step) -> Call | None:
+        # A step that can't work fails the opening; the value is then closed by the other rules.
+        try:
+            return self._declared(phase, step)
+        except DeclarationError as flaw:
+            self.flaw = self.flaw or flaw
+            return None
+
+    def _declared(self, phase: Phase, step: Step) -> Call:
+        if not isinstance(step, str):
+            return partial(step, self.value)
+        method = getattr(self.value, step, None)
+        if not callable(method):
+            raise self._broken(
+                f"{phase}={step!r}, but its {type(self.value).__name__} has no such method",
+                f"Name a method that it has, or pass a function: {phase}=lambda value: …",
+            )
+        return method  # type: ignore[no-any-return]
+
+    def _method(self, name: str) -> Call | None:
+        value = self.value
+        if isinstance(value, type) or not _has(value, name):
+            return None
+        method = getattr(value, name)
+        if not callable(method):
+            problem = f"a value whose {name} is {type(method).__name__}, not a method"
+        elif not _takes_nothing(method):
+            problem = f"a value whose {name}() wants arguments"
+        else:
+            return method  # type: ignore[no-any-return]
+        self.flaw = self._broken(problem, "Say how to close it: close=lambda value: …")
+        return None
+
+    def _broken(self, problem: str, mend: str) -> DeclarationError:
+        resource = self.resource
+        return DeclarationError(f"{resource.name} ({resource.location}) has {problem}. {mend}")
+
+    # -- generators --------------------------------------------------------------------------
+
+    async def _first(self, generator: AsyncGenerator[Any, Any]) -> Any:
+        try:
+            return await anext(generator)
+        except StopAsyncIteration:
+            raise self._broken(*_NEVER) from None
+
+    async def _finish(self, generator: AsyncGenerator[Any, Any]) -> None:
+        try:
+            await anext(generator)
+        except StopAsyncIteration:
+            return
+        try:
+            await generator.aclose()
+        finally:
+            raise self._broken(*_TWICE)
+
+    def _first_sync(self, generator: Generator[Any, Any, Any]) -> Any:
+        try:
+            return next(generator)
+        except StopIteration:
+            raise self._broken(*_NEVER) from None
+
+    def _finish_sync(self, generator: Generator[Any, Any, Any]) -> None:
+        try:
+            next(generator)
+        except StopIteration:
+            return
+        try:
+            generator.close()
+        finally:
+            raise self._broken(*_TWICE)
+
+
+_NEVER = ("a factory that yields nothing", "Yield the value once.")
+_TWICE = ("a factory that yields twice", "Yield once: what follows the yield is the closing.")
+
+
+async def settle(result: object) -> object:
+    """Return what a step gave, awaited if it must be."""
+    return await result if isinstance(result, Awaitable) else result
+
+
+def _has(value: object, name: str) -> bool:
+    # Asked of the type first: an object that invents attributes on demand has no `close` of its own.
+    return hasattr(type(value), name) or name in getattr(value, "__dict__", ())
+
+
+def _takes_nothing(method: Call) -> bool:
+    try:
+        inspect.signature(method).bind()
+    except TypeError:
+        return False
+    except ValueError:  # a builtin that does not say
+        return True
+    return True

@@ -1,0 +1,510 @@
+"""The engine: everything that opens, rolls back, closes and keeps deadlines is in this file.
+
+Each resource has one task, which opens it, parks, and closes it. One more task, the owner, decides:
+it starts a resource's task when all its parents are open, asks it to close when all its children
+have ended, cuts it off at its deadline, and leaves it behind when it ignores even that. A resource's
+task only reports; every change of state happens in the owner's `_turn`, which has no await in it.
+
+A resource goes WAITING, OPENING, OPEN, CLOSING, ENDED. One that fails goes from OPENING straight to
+CLOSING, and what never begins stays WAITING.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from enum import Enum, auto
+from itertools import count
+from math import inf
+from typing import Any
+
+import anyio
+from anyio import CancelScope, current_time, get_cancelled_exc_class
+
+from . import _events as events
+from . import drivers
+from ._backend import spawn
+from ._closing import Call, Live, settle
+from ._errors import DeadlineError, LifekitError, Phase
+from ._graph import Plan
+from ._resource import Resource
+from ._stack import waiting_at
+from ._timeline import Timeline, timeline
+from ._transient import is_transient
+
+LAST_CALL = 1.0
+"""Seconds that a closing has to end after it was cancelled, and that a terminate has in all."""
+
+Failure = tuple[str, str, Exception]
+"""A resource's name, its code line, what it failed with."""
+
+
+class State(Enum):
+    """Where a resource is in its life."""
+
+    WAITING = auto()
+    OPENING = auto()
+    OPEN = auto()
+    CLOSING = auto()
+    ENDED = auto()
+
+
+_RUNNING = {State.OPENING, State.OPEN, State.CLOSING}
+
+
+class Node:
+    """One resource in one run."""
+
+    __slots__ = (
+        "alarm",
+        "armed_for",
+        "asked",
+        "clean",
+        "close_began",
+        "closed_at",
+        "closing_scope",
+        "coroutine",
+        "cut",
+        "index",
+        "last_error",
+        "live",
+        "open_began",
+        "opened_at",
+        "pending",
+        "phase",
+        "resource",
+        "scope",
+        "state",
+        "task",
+        "wake",
+    )
+
+    coroutine: Any
+    scope: CancelScope
+    closing_scope: CancelScope
+    task: object
+    wake: anyio.Event
+
+    def __init__(self, resource: Resource[Any], index: int, pending: int) -> None:
+        self.resource = resource
+        self.index = index
+        self.pending = pending  # parents not yet open; once stopping, children not yet ended
+        self.state = State.WAITING
+        self.phase: Phase = "open"
+        self.live: Live | None = None
+        self.last_error: BaseException | None = None  # of the attempt before
+        self.cut: DeadlineError | None = None  # why lifekit cancelled it, until its task takes it
+        self.alarm = inf  # when the time of its phase is up
+        self.armed_for = inf  # the seconds that it had
+        self.asked = False
+        self.clean = True
+        self.open_began = self.opened_at = self.close_began = self.closed_at = 0.0
+
+
+class Engine:
+    """One run of a plan: the tasks that own its values."""
+
+    task: object
+
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        values: dict[Resource[Any], Any],
+        *,
+        start_timeout: float,
+        close_timeout: float,
+        grace: float,
+        emit: Callable[[events.Event], None] | None,
+    ) -> None:
+        """Prepare a run; *values* may already hold some, which this run shares and leaves alone."""
+        self.name, self.plan, self.values = name, plan, values
+        self.start_timeout, self.close_timeout, self.grace = start_timeout, close_timeout, grace
+        self.nodes = [
+            Node(resource, index, sum(plan.resources[parent] not in values for parent in parents))
+            for index, (resource, parents) in enumerate(zip(plan.resources, plan.parents, strict=True))
+        ]
+        self.own = [node for node in self.nodes if node.resource not in values]
+        self.ready = anyio.Event()  # all is open, or all has ended again
+        self.finished = anyio.Event()
+        self.stopping = False
+        self.open_failures: list[Failure] = []
+        self.close_failures: list[Failure] = []
+        self.interrupts: list[BaseException] = []  # what must be delivered as it is
+        self.began = self.stop_began = 0.0
+        self._emit = emit
+        self._stop_asked = False
+        self._unopened = len(self.own)
+        self._running = 0
+        self._reports: list[tuple[Node, Callable[[Node, Any], None], object]] = []
+        self._alarms: list[tuple[float, int]] = []
+        self._next_alarm = inf
+        self._bell = anyio.Event()
+
+    def start(self) -> None:
+        """Spawn the owner."""
+        self.task = spawn(self._own(), f"lifekit {self.name}")
+
+    def stop(self) -> None:
+        """Ask for the end; while it still starts, for the rollback."""
+        self._stop_asked = True
+        self._bell.set()
+
+    def start_timeline(self) -> Timeline:
+        """Return how the start went."""
+        times = [(n.open_began, n.opened_at) if n.opened_at else None for n in self.nodes]
+        return timeline(f"start of {self.name}", self._names, times, self.plan.parents, self.began)
+
+    def stop_timeline(self) -> Timeline:
+        """Return how the stop went."""
+        times = [(n.close_began, n.closed_at) if n.closed_at else None for n in self.nodes]
+        return timeline(f"stop of {self.name}", self._names, times, self.plan.children, self.stop_began)
+
+    @property
+    def _names(self) -> list[str]:
+        return [resource.name for resource in self.plan.resources]
+
+    # -- the owner ------------------------------------------------------------------------------
+
+    async def _own(self) -> None:
+        try:
+            self.began = current_time()
+            for node in self.own:
+                if node.pending == 0:
+                    self._begin(node)
+            if not self.own:
+                self._all_open()
+            while not (self.stopping and self._running == 0):
+                await self._sleep()
+                self._turn()
+            if self._emit:
+                self._emit(events.Stopped(self.name, self.stop_timeline()))
+        finally:
+            self.ready.set()
+            self.finished.set()
+
+    async def _sleep(self) -> None:
+        # Until the stop the owner lets itself be cancelled: that is how an event loop which ends
+        # under an open lifespan asks for it. From then on nothing may hurry it.
+        self._next_alarm = self._alarms[0][0] if self._alarms else inf
+        try:
+            with CancelScope(deadline=self._next_alarm, shield=self._stop_asked):
+                await self._bell.wait()
+        except BaseException as error:
+            self._stop_asked = True
+            if not isinstance(error, get_cancelled_exc_class()):
+                self.interrupts.append(error)
+        if self._bell.is_set():
+            self._bell = anyio.Event()
+
+    def _turn(self) -> None:
+        # In declaration order, so that every run of one plan tells the same story.
+        reports, self._reports = self._reports, []
+        for node, happened, what in sorted(reports, key=lambda report: report[0].index):
+            if node.state is not State.ENDED:  # else it was left behind, and speaks too late
+                happened(node, what)
+        while self._alarms and self._alarms[0][0] <= current_time():
+            when, index = heapq.heappop(self._alarms)
+            if self.nodes[index].alarm == when:
+                self._overdue(self.nodes[index])
+        if self._stop_asked and not self.stopping:
+            self._begin_stop()
+
+    def _begin(self, node: Node) -> None:
+        node.state = State.OPENING
+        node.open_began = current_time()
+        self._running += 1
+        if self._emit:
+            self._emit(events.Opening(self.name, node.resource.name))
+        node.coroutine = self._life(node)
+        node.task = spawn(node.coroutine, f"lifekit {self.name}.{node.resource.name}")
+
+    def _opened(self, node: Node, live: Live) -> None:
+        node.state = State.OPEN
+        node.alarm = inf
+        # The one place where a value becomes visible, before anything that needs it begins.
+        self.values[node.resource] = live.value
+        if self._emit:
+            seconds = node.opened_at - node.open_began
+            self._emit(events.Opened(self.name, node.resource.name, seconds, live.describe()))
+        self._unopened -= 1
+        for index in self.plan.children[node.index]:
+            child = self.nodes[index]
+            child.pending -= 1
+            if child.pending == 0 and not self._stop_asked and child.resource not in self.values:
+                self._begin(child)
+        if self._unopened == 0 and not self._stop_asked:
+            self._all_open()
+
+    def _all_open(self) -> None:
+        self._alarms.clear()
+        if self._emit:
+            self._emit(events.Started(self.name, self.start_timeline()))
+        self.ready.set()
+
+    def _open_failed(self, node: Node, error: BaseException | None) -> None:
+        node.state = State.CLOSING
+        name = node.resource.name
+        if self._emit:
+            seconds = node.opened_at - node.open_began
+            self._emit(events.OpenFailed(self.name, name, seconds, error))
+            if node.live is not None and node.live.is_open:
+                self._emit(events.Closing(self.name, name))
+        if error is not None:
+            self._record(self.open_failures, node, error)
+            self._stop_asked = True
+
+    def _begin_stop(self) -> None:
+        self.stopping = True
+        self.stop_began = current_time()
+        if self._emit:
+            self._emit(events.Stopping(self.name))
+        for node in self.own:
+            children = (self.nodes[index] for index in self.plan.children[node.index])
+            node.pending = sum(child.state in _RUNNING for child in children)
+        for node in reversed(self.own):
+            if node.state is State.OPENING and node.cut is None:
+                self._arm(node, self._close_seconds(node))
+                node.scope.cancel()
+            elif node.state is State.OPEN and node.pending == 0:
+                self._ask_to_close(node)
+
+    def _ask_to_close(self, node: Node) -> None:
+        node.state = State.CLOSING
+        del self.values[node.resource]
+        if self._emit:
+            self._emit(events.Closing(self.name, node.resource.name))
+        node.asked = True
+        node.wake.set()
+
+    def _close_failed(self, node: Node, failure: tuple[Phase, BaseException]) -> None:
+        phase, error = failure
+        node.clean = False
+        self._record(self.close_failures, node, error)
+        if self._emit:
+            self._emit(events.CloseFailed(self.name, node.resource.name, phase, error))
+
+    def _terminated(self, node: Node, _: None) -> None:
+        if self._emit:
+            self._emit(events.Terminated(self.name, node.resource.name))
+
+    def _ended(self, node: Node, _: None) -> None:
+        node.state = State.ENDED
+        node.alarm = inf
+        self._running -= 1
+        if self._emit and node.live is not None and node.live.is_open:
+            seconds = node.closed_at - node.close_began
+            self._emit(events.Closed(self.name, node.resource.name, seconds, node.clean))
+        node.live = None
+        if self.stopping:  # else the count is made when the stop begins
+            for index in reversed(self.plan.parents[node.index]):
+                parent = self.nodes[index]
+                parent.pending -= 1
+                if parent.pending == 0 and parent.state is State.OPEN:
+                    self._ask_to_close(parent)
+
+    def _overdue(self, node: Node) -> None:
+        told_to_end = node.cut is not None or (node.state is State.OPENING and self.stopping)
+        if told_to_end:
+            self._leave_behind(node)
+        elif node.state is State.OPENING:
+            node.cut = self._deadline_error(node)
+            self._arm(node, self._close_seconds(node))
+            node.scope.cancel()
+            if node.closing_scope.shield:  # between two attempts
+                node.closing_scope.cancel()
+        else:
+            node.cut = self._deadline_error(node)
+            self._arm(node, LAST_CALL)
+            node.closing_scope.cancel()
+
+    def _leave_behind(self, node: Node) -> None:
+        error = self._deadline_error(node, abandoned=True)
+        if node.state is State.OPENING:
+            self._open_failed(node, error)
+        else:
+            self._close_failed(node, (node.phase, error))
+            if node.phase != "terminate" and node.live is not None and node.live.terminate:
+                task = spawn(_quietly(node.live.terminate), f"lifekit {node.resource.name} terminate")
+                node.task = (node.task, task)
+                self._terminated(node, None)
+        node.closed_at = current_time()
+        self._ended(node, None)
+
+    def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
+        if isinstance(error, Exception):
+            failures.append((node.resource.name, node.resource.location, error))
+        else:
+            self.interrupts.append(error)
+
+    def _deadline_error(self, node: Node, *, abandoned: bool = False) -> DeadlineError:
+        return DeadlineError(
+            resource=node.resource.name,
+            location=node.resource.location,
+            phase=node.phase,
+            seconds=node.armed_for,
+            stack=waiting_at(node.coroutine),
+            holders=node.live.holders() if node.live is not None else (),
+            abandoned=abandoned,
+        )
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def _arm(self, node: Node, seconds: float) -> None:
+        node.armed_for = seconds
+        self._arm_at(node, current_time() + seconds)
+
+    def _arm_at(self, node: Node, when: float) -> None:
+        node.alarm = when
+        if when < inf:
+            heapq.heappush(self._alarms, (when, node.index))
+            if when < self._next_alarm:
+                self._bell.set()
+
+    def _start_seconds(self, node: Node) -> float:
+        declared = node.resource.options.start_timeout
+        return self.start_timeout if declared is None else declared
+
+    def _close_seconds(self, node: Node) -> float:
+        declared = node.resource.options.close_timeout
+        seconds = self.close_timeout if declared is None else declared
+        if self.stopping:
+            seconds = min(seconds, max(0.0, self.stop_began + self.grace - current_time()))
+        return seconds
+
+    # -- a resource's own task ------------------------------------------------------------------
+
+    def _report(self, node: Node, happened: Callable[[Node, Any], None], what: object) -> None:
+        self._reports.append((node, happened, what))
+        self._bell.set()
+
+    async def _life(self, node: Node) -> None:
+        # Both scopes stand around the whole life, because a generator factory may have scopes of
+        # its own open across its yield, and scopes must nest. The outer one ends an opening. The
+        # inner one ends a closing, and shields it from an opening that was ended before.
+        with CancelScope(shield=True) as node.scope, CancelScope() as node.closing_scope:
+            try:
+                await self._open(node)
+                error = None
+            except BaseException as raised:
+                error = raised
+            node.opened_at = current_time()
+            if error is None and not node.scope.cancel_called:
+                self._report(node, self._opened, node.live)
+                await self._park(node)
+            else:  # it failed, or was cancelled, or it arrived too late
+                reason = self._reason(node, error, cancelled=node.scope.cancel_called)
+                self._report(node, self._open_failed, reason)
+                del error
+            if node.live is not None and node.live.is_made:
+                await self._close(node, node.live)
+        self._report(node, self._ended, None)
+
+    async def _open(self, node: Node) -> None:
+        options = node.resource.options
+        self._arm(node, self._start_seconds(node))
+        until, seconds = node.alarm, node.armed_for
+        for attempt in count(1):
+            try:
+                return await self._try_to_open(node)
+            except Exception as error:
+                # Twice as long each time, up to five seconds; anywhere in its upper half.
+                delay = min(0.1 * 2 ** (attempt - 1), 5.0) * random.uniform(0.5, 1.0)
+                if attempt > options.retry or not is_transient(error) or node.scope.cancel_called:
+                    raise
+                if current_time() + delay >= until:
+                    error.add_note(f"lifekit gave up: no time left for attempt {attempt + 1}")
+                    raise
+                if node.live is not None and node.live.is_made and not await self._undo(node, node.live):
+                    raise
+                node.last_error = error
+            if self._emit:
+                retrying = events.Retrying(self.name, node.resource.name, attempt, delay, node.last_error)
+                self._emit(retrying)
+            node.armed_for = seconds
+            self._arm_at(node, until)
+            await anyio.sleep(delay)
+
+    async def _try_to_open(self, node: Node) -> None:
+        node.phase, node.live = "open", Live(node.resource)
+        try:
+            await node.live.open([self.values[need] for need in node.resource.needs])
+            node.phase = "check"
+            await node.live.check()
+        except BaseException as error:
+            for driver in drivers.loaded():
+                driver.salvage(error)
+            raise
+
+    async def _undo(self, node: Node, live: Live) -> bool:
+        # Between two attempts: what the first one made is closed, and only then forgotten.
+        clean = await self._close(node, live)
+        node.closing_scope.shield = False
+        node.live = None
+        return clean and not node.scope.cancel_called
+
+    async def _park(self, node: Node) -> None:
+        node.wake = anyio.Event()
+        while not node.asked:
+            try:
+                # Shielded from the factory's own task group, which may be cancelled meanwhile: why,
+                # comes out where the factory leaves it, at the closing.
+                with CancelScope(shield=True):
+                    await node.wake.wait()
+            except BaseException as error:
+                if not isinstance(error, get_cancelled_exc_class()):
+                    self.interrupts.append(error)
+                    self.stop()
+
+    async def _close(self, node: Node, live: Live) -> bool:
+        node.cut = None
+        node.closing_scope.shield = True
+        node.close_began = current_time()
+        self._arm(node, self._close_seconds(node))
+        clean = True
+        for phase, step in live.steps if live.is_open else ():
+            # After a failure only a generator's end, or the exit of what was entered, must still come.
+            if clean or (live.entered and step is live.steps[-1][1]):
+                clean &= await self._step(node, phase, step)
+        if live.terminate and not (clean and live.is_open):
+            self._report(node, self._terminated, None)
+            self._arm(node, min(LAST_CALL, self._close_seconds(node)))
+            with CancelScope(shield=True) as node.closing_scope:
+                clean &= await self._step(node, "terminate", live.terminate)
+        node.closed_at = current_time()
+        return clean
+
+    async def _step(self, node: Node, phase: Phase, step: Call) -> bool:
+        node.phase = phase
+        error: BaseException | None = None
+        try:
+            await settle(step())
+        except BaseException as raised:
+            error = raised
+        reason = self._reason(node, error, cancelled=False)
+        if reason is not None:
+            self._report(node, self._close_failed, (phase, reason))
+        return reason is None
+
+    def _reason(self, node: Node, error: BaseException | None, *, cancelled: bool) -> BaseException | None:
+        # A cancellation that lifekit asked for is no failure by itself: what it asked for it is.
+        ours = get_cancelled_exc_class()
+        if isinstance(error, BaseExceptionGroup):
+            error = error.split(ours)[1] or error.exceptions[0]
+        real = None if isinstance(error, ours) else error
+        if node.cut is not None:
+            cut, node.cut = node.cut, None
+            cut.__cause__ = real or node.last_error
+            return cut
+        if error is not None and real is None and not cancelled:
+            real = LifekitError(f"{node.phase} of {node.resource.name} was cancelled, not by lifekit")
+            real.__cause__ = error
+        return real
+
+
+async def _quietly(call: Call) -> None:
+    try:
+        await settle(call())
+    except BaseException as error:
+        events.logger.error(f"terminate of what was left behind failed: {error!r}")

@@ -1,0 +1,194 @@
+"""All that lifekit raises.
+
+LifekitError
+├── DeclarationError             the declarations can't work
+├── NotOpenError                 a value is asked for and nothing has opened it
+├── WrongLoopError               it is open, in another event loop
+├── StartupError                 what failed to open (an ExceptionGroup)
+├── ShutdownError                what failed to close (an ExceptionGroup)
+├── DeadlineError                one phase of one resource ran out of time (a TimeoutError)
+├── OverrideError                an override that can't hold
+└── SandboxError
+    ├── SandboxEscapedError      something got out of the sandbox
+    ├── SandboxBusyError         a wait inside the sandbox can never end
+    └── SandboxUnsupportedError  the sandbox can't do that
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Self
+
+from ._redact import redact
+
+Phase = Literal["open", "check", "close", "wait_closed", "terminate"]
+
+
+class LifekitError(Exception):
+    """The base of everything that lifekit raises."""
+
+
+class DeclarationError(LifekitError):
+    """The declarations can't work: a cycle, a duplicate, a foreign handle, no factory."""
+
+
+class NotOpenError(LifekitError):
+    """A value is asked for and no lifespan has opened it.
+
+    Attributes: ``resource``, its name.
+    """
+
+    def __init__(self, message: str, *, resource: str) -> None:
+        super().__init__(message)
+        self.resource = resource
+
+
+class WrongLoopError(LifekitError):
+    """A value is asked for in another event loop than the one it is open in.
+
+    Attributes: ``resource``, its name; ``opened_at``, the code line that made the lifespan.
+    """
+
+    def __init__(self, message: str, *, resource: str, opened_at: str) -> None:
+        super().__init__(message)
+        self.resource = resource
+        self.opened_at = opened_at
+
+
+class DeadlineError(LifekitError, TimeoutError):
+    """One phase of one resource ran out of time.
+
+    Attributes: ``resource``, its name; ``phase``, one of ``open``, ``check``, ``close``,
+    ``wait_closed``, ``terminate``; ``seconds``, the time that it had; ``stack``, the lines where
+    its coroutine stood; ``holders``, for a pool, who holds its connections; ``abandoned``, whether
+    it also ignored its cancellation, so that its task was left behind.
+    """
+
+    def __init__(
+        self,
+        *,
+        resource: str,
+        location: str,
+        phase: Phase,
+        seconds: float,
+        stack: Sequence[str] = (),
+        holders: Sequence[str] = (),
+        abandoned: bool = False,
+    ) -> None:
+        self.resource = resource
+        self.phase: Phase = phase
+        self.seconds = seconds
+        self.stack = tuple(stack)
+        self.holders = tuple(holders)
+        self.abandoned = abandoned
+        lines = [f"{resource} ({location}): {phase} took longer than {seconds:.3g} s"]
+        if abandoned:
+            lines[0] += " and ignored its cancellation: its task was left behind"
+        if holders:
+            lines += ["  its connections are held by", *(f"    {line}" for line in holders)]
+        if stack:
+            lines += ["  it stood at", *(f"    {line}" for line in stack)]
+        super().__init__("\n".join(lines))
+
+
+class _FailureGroup(LifekitError, ExceptionGroup[Exception]):
+    """What `StartupError` and `ShutdownError` share: failures, each with its resource's name."""
+
+    failures: tuple[tuple[str, BaseException], ...] = ()
+
+    def derive(self, excs: Sequence[Exception], /) -> ExceptionGroup[Exception]:  # type: ignore[override]
+        return ExceptionGroup(self.message, excs)
+
+
+class StartupError(_FailureGroup):
+    """The lifespan did not start: every cause, the first failure first.
+
+    Attributes: ``failures``, pairs of a resource's name and what it failed with; ``opened``, the
+    names of what had opened (and was closed again); ``not_begun``, the names of what never began;
+    ``rollback``, the `ShutdownError` of closings that failed on the way back, or None.
+    """
+
+    opened: tuple[str, ...] = ()
+    not_begun: tuple[str, ...] = ()
+    rollback: ShutdownError | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lifespan: str,
+        failures: Sequence[tuple[str, str, Exception]],
+        *,
+        opened: Sequence[str] = (),
+        not_begun: Sequence[str] = (),
+        rollback: ShutdownError | None = None,
+    ) -> Self:
+        """Build it from (name, code line, error) of each failure."""
+        lines = [f"{lifespan} did not start: {_listed(name for name, _, _ in failures)} failed"]
+        lines += [_line(*failure) for failure in failures]
+        if opened:
+            lines.append(f"  opened, and closed again: {', '.join(opened)}")
+        if not_begun:
+            lines.append(f"  never began: {', '.join(not_begun)}")
+        causes = [error for _, _, error in failures]
+        if rollback is not None:
+            causes.append(rollback)
+        group = cls("\n".join(lines), causes)
+        group.failures = tuple((name, error) for name, _, error in failures)
+        group.opened = tuple(opened)
+        group.not_begun = tuple(not_begun)
+        group.rollback = rollback
+        return group
+
+
+class ShutdownError(_FailureGroup):
+    """Closings that failed; everything else was closed all the same.
+
+    Attributes: ``failures``, pairs of a resource's name and what its closing failed with.
+    """
+
+    @classmethod
+    def of(cls, lifespan: str, failures: Sequence[tuple[str, str, Exception]]) -> Self:
+        """Build it from (name, code line, error) of each failure."""
+        names = _listed(dict.fromkeys(name for name, _, _ in failures))
+        lines = [f"{lifespan} did not close cleanly: {names} failed"]
+        lines += [_line(*failure) for failure in failures]
+        group = cls("\n".join(lines), [error for _, _, error in failures])
+        group.failures = tuple((name, error) for name, _, error in failures)
+        return group
+
+
+class OverrideError(LifekitError):
+    """An override that can't hold: unknown handle, already open, value of the wrong type."""
+
+
+class SandboxError(LifekitError):
+    """The base of what a sandbox raises."""
+
+
+class SandboxEscapedError(SandboxError):
+    """Something got out of the sandbox."""
+
+
+class SandboxBusyError(SandboxError):
+    """A wait inside the sandbox can never end."""
+
+
+class SandboxUnsupportedError(SandboxError):
+    """The sandbox can't do that; the message says which isolation can."""
+
+
+def summary(error: BaseException) -> str:
+    """Return an error's type and text in one line, with no password in it."""
+    text = redact(str(error)).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _line(name: str, location: str, error: Exception) -> str:
+    own = isinstance(error, DeadlineError | DeclarationError)  # these say the resource themselves
+    text = redact(str(error)) if own else f"{name} ({location}): {summary(error)}"
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,0 +1,138 @@
+"""What happens in a lifespan, as a closed set of events, and their default log lines."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from ._errors import Phase, summary
+from ._timeline import Timeline
+
+logger = logging.getLogger("lifekit")
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    registry: str
+    """The name of the registry whose lifespan it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ResourceEvent(_Event):
+    resource: str
+    """The resource's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening(_ResourceEvent):
+    """All that a resource needs is open: its factory is called now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retrying(_ResourceEvent):
+    """An opening failed with a transient error and is tried again after *delay* seconds."""
+
+    attempt: int
+    delay: float
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Opened(_ResourceEvent):
+    """A resource is open and checked, after *seconds*."""
+
+    seconds: float
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFailed(_ResourceEvent):
+    """An opening failed after *seconds*; *error* is None where a rollback cancelled it."""
+
+    seconds: float
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class Closing(_ResourceEvent):
+    """All that needed the resource is closed: its own closing begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloseFailed(_ResourceEvent):
+    """One phase of a closing failed; the closing goes on with what is left of it."""
+
+    phase: Phase
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Terminated(_ResourceEvent):
+    """What did not open, or not close, in order is cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed(_ResourceEvent):
+    """A closing is over, after *seconds*; *clean* unless some phase of it failed."""
+
+    seconds: float
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Started(_Event):
+    """Everything is open."""
+
+    timeline: Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping(_Event):
+    """The closing begins: of a lifespan that ends, or of what had opened before a failed start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped(_Event):
+    """Everything is closed, cleanly or not."""
+
+    timeline: Timeline
+
+
+Event = (
+    Opening
+    | Retrying
+    | Opened
+    | OpenFailed
+    | Started
+    | Stopping
+    | Closing
+    | CloseFailed
+    | Terminated
+    | Closed
+    | Stopped
+)
+
+
+def log(event: Event) -> None:
+    """Write an event to the logger ``lifekit``: one line for each resource opened and closed."""
+    match event:
+        case Opened():
+            line = f"{event.resource} opened in {event.seconds:.3f} s: {event.description}"
+            logger.info(line)
+        case Closed(clean=True):
+            logger.info(f"{event.resource} closed in {event.seconds:.3f} s")
+        case Retrying():
+            cause = summary(event.error)
+            logger.warning(f"{event.resource} tried again in {event.delay:.2f} s after {cause}")
+        case OpenFailed(error=None):
+            logger.info(f"{event.resource} cancelled after {event.seconds:.3f} s")
+        case OpenFailed(error=BaseException() as error):
+            logger.error(f"{event.resource} failed to open after {event.seconds:.3f} s: {summary(error)}")
+        case CloseFailed():
+            logger.error(f"{event.resource} failed in {event.phase}: {summary(event.error)}")
+        case Terminated():
+            logger.warning(f"{event.resource} terminated")
+        case Started() | Stopped():
+            logger.info(f"{event.registry}: {event.timeline.title}")
+        case _:
+            logger.debug(f"{event.registry}: {event}")

@@ -1,0 +1,318 @@
+"""What users declare with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Any, Generic, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
+
+from . import _events as events
+from ._errors import DeclarationError
+from ._graph import Plan, duplicate, plan, refuse_duplicates
+from ._lifespan import Lifespan
+from ._resource import Options, Resource, Step
+from ._stack import caller, definition
+from .asgi import bind_requests
+
+T = TypeVar("T")
+Needs = TypeVarTuple("Needs")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+E = TypeVar("E")
+F = TypeVar("F")
+G = TypeVar("G")
+H = TypeVar("H")
+
+Manager = AbstractAsyncContextManager[T, Any] | AbstractContextManager[T, Any]
+Entered = Manager[T] | Coroutine[Any, Any, Manager[T]]
+Produced = Coroutine[Any, Any, T] | AsyncIterator[T] | Iterator[T]
+
+
+class Declaration(TypedDict, total=False):
+    """What ``@registry.resource(…)`` takes beside handles.
+
+    A step is a method's name, or a function of the value; it may be sync or async.
+    """
+
+    after: Iterable[Resource[Any]]
+    """Handles that must be open first, and whose values the factory does not get."""
+    name: str | None
+    """Its name, where the factory's own will not do."""
+    start_timeout: float | None
+    """Seconds for its opening, all attempts together; None takes the registry's."""
+    close_timeout: float | None
+    """Seconds for its ``close`` and ``wait_closed`` together; None takes the registry's."""
+    retry: int | None
+    """How many more attempts to open it where the failure is transient: a server that is not up."""
+    check: Step | None
+    """Raises, or returns False, unless the open value works."""
+    close: Step | None
+    """Begins the closing."""
+    wait_closed: Step | None
+    """Waits until it is closed."""
+    terminate: Step | None
+    """Cuts the value off when its closing fails or takes too long."""
+
+
+class Declare(Generic[*Needs]):
+    """What ``registry.resource(…)`` returns: called with the factory, it gives the handle."""
+
+    def __init__(
+        self, registry: Registry, needs: tuple[Resource[Any], ...], options: Declaration
+    ) -> None:
+        self._registry, self._needs, self._options = registry, needs, options
+
+    @overload
+    def __call__(self, factory: Callable[[*Needs], Entered[T]]) -> Resource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[[*Needs], Produced[T]]) -> Resource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[[*Needs], T]) -> Resource[T]: ...
+    def __call__(self, factory: Callable[..., Any]) -> Resource[Any]:
+        """Declare *factory*; its handle takes its name."""
+        return self._registry._declare(factory, self._needs, self._options)  # pyright: ignore[reportPrivateUsage]
+
+
+class Registry:
+    """An ordered set of declarations; it can be run many times, also at once in several loops.
+
+    Args:
+        name: Its name in errors, logs and pictures.
+        start_timeout: Seconds for one resource's opening.
+        close_timeout: Seconds for one resource's ``close`` and ``wait_closed`` together.
+        grace: Seconds for the whole shutdown.
+        on_event: Called with each `Event`, beside the logging of the logger ``lifekit``.
+    """
+
+    def __init__(
+        self,
+        name: str = "app",
+        *,
+        start_timeout: float = 30.0,
+        close_timeout: float = 10.0,
+        grace: float = 25.0,
+        on_event: Callable[[events.Event], object] | None = None,
+    ) -> None:
+        self.name = name
+        self.start_timeout = start_timeout
+        self.close_timeout = close_timeout
+        self.grace = grace
+        self.on_event = on_event
+        self.key = f"lifekit.{name}.{id(self):x}"
+        self.running: dict[object, tuple[Lifespan, ...]] = {}
+        self._named: dict[str, Resource[Any]] = {}
+        self._entries: list[Resource[Any] | Registry] = []
+        self._planned: Plan | None = None
+
+    @overload
+    def resource(self, a: Resource[A], /, **options: Unpack[Declaration]) -> Declare[A]: ...
+    @overload
+    def resource(
+        self, a: Resource[A], b: Resource[B], /, **options: Unpack[Declaration]
+    ) -> Declare[A, B]: ...
+    @overload
+    def resource(
+        self, a: Resource[A], b: Resource[B], c: Resource[C], /, **options: Unpack[Declaration]
+    ) -> Declare[A, B, C]: ...
+    @overload
+    def resource(
+        self,
+        a: Resource[A],
+        b: Resource[B],
+        c: Resource[C],
+        d: Resource[D],
+        /,
+        **options: Unpack[Declaration],
+    ) -> Declare[A, B, C, D]: ...
+    @overload
+    def resource(
+        self,
+        a: Resource[A],
+        b: Resource[B],
+        c: Resource[C],
+        d: Resource[D],
+        e: Resource[E],
+        /,
+        **options: Unpack[Declaration],
+    ) -> Declare[A, B, C, D, E]: ...
+    @overload
+    def resource(
+        self,
+        a: Resource[A],
+        b: Resource[B],
+        c: Resource[C],
+        d: Resource[D],
+        e: Resource[E],
+        f: Resource[F],
+        /,
+        **options: Unpack[Declaration],
+    ) -> Declare[A, B, C, D, E, F]: ...
+    @overload
+    def resource(
+        self,
+        a: Resource[A],
+        b: Resource[B],
+        c: Resource[C],
+        d: Resource[D],
+        e: Resource[E],
+        f: Resource[F],
+        g: Resource[G],
+        *more: Resource[Any],
+        **options: Unpack[Declaration],
+    ) -> Declare[A, B, C, D, E, F, G, Unpack[tuple[Any, ...]]]: ...
+    @overload
+    def resource(self, **options: Unpack[Declaration]) -> Declare[()]: ...
+    @overload
+    def resource(self, factory: Callable[[], Entered[T]], /) -> Resource[T]: ...
+    @overload
+    def resource(self, factory: Callable[[], Produced[T]], /) -> Resource[T]: ...
+    @overload
+    def resource(self, factory: Callable[[], T], /) -> Resource[T]: ...
+    def resource(self, *needs: Any, **options: Unpack[Declaration]) -> Any:
+        """Declare a resource: ``@registry.resource``, or ``@registry.resource(need, …, option=…)``.
+
+        A factory is a sync or async function that returns the value; a generator function, sync or
+        async, that yields it once, whose code after the yield is the closing; or a function that
+        returns a context manager, sync or async.
+
+        Args:
+            needs: Handles; the factory gets their live values, by position.
+            options: See `Declaration`.
+
+        Raises:
+            DeclarationError: Not a factory, not a handle, a name that is taken.
+        """
+        if len(needs) == 1 and not options and not isinstance(needs[0], Resource):
+            return self._declare(needs[0], ())
+        for need in (*needs, *options.get("after", ())):
+            if not isinstance(need, Resource):
+                raise DeclarationError(
+                    f"{caller()}: a {type(need).__name__} stands where a handle is expected. What a "
+                    "resource needs is named by handles, the names that @registry.resource decorates; "
+                    "a ready-made value can't be one, since it belongs to no lifespan: return it from "
+                    "a factory instead."
+                )
+        return Declare(self, needs, options)
+
+    def include(self, registry: Registry) -> None:
+        """Make the resources of *registry*, also those it will declare later, part of this one.
+
+        Raises:
+            DeclarationError: Two resources would have the same name, or it includes this registry.
+        """
+        here = caller()
+        if self in (path := registry._path_to(self)):
+            steps = " -> ".join(f"{each.name!r}" for each in (self, *path))
+            raise DeclarationError(f"{here}: the registries include each other in a cycle: {steps}")
+        refuse_duplicates((*self._resources(), *registry._resources()))
+        self._entries.append(registry)
+
+    def lifespan(self, app: Any = None) -> Lifespan:
+        """Return a new run, to be entered with ``async with``.
+
+        It is also what an ASGI framework takes: ``FastAPI(lifespan=registry.lifespan)``.
+
+        Args:
+            app: The application, where a framework passes it.
+
+        Raises:
+            DeclarationError: A cycle, a duplicate name, or a handle of a registry not included.
+        """
+        if app is not None:
+            bind_requests(app, self.key)
+        return Lifespan(self, self._plan(), caller("starlette", "fastapi"))
+
+    def emitter(self) -> Callable[[events.Event], None] | None:
+        """Return what tells of events: the log, then `on_event`."""
+        on_event = self.on_event
+        if on_event is None:
+            return events.log
+
+        def emit(event: events.Event) -> None:
+            events.log(event)
+            on_event(event)
+
+        return emit
+
+    def __repr__(self) -> str:
+        return f"<Registry {self.name!r}, {sum(1 for _ in self._resources())} resources>"
+
+    def _declare(
+        self, factory: Callable[..., Any], needs: tuple[Resource[Any], ...], options: Declaration | None = None
+    ) -> Resource[Any]:
+        options = options if options is not None else {}
+        if not callable(factory) or isinstance(factory, Resource):
+            raise DeclarationError(
+                f"{caller()}: a {type(factory).__name__} stands where a factory is expected. A value "
+                "made beforehand belongs to whichever event loop first uses it; return it from a "
+                "function, so that every lifespan makes its own: @registry.resource / def name(): …"
+            )
+        location = definition(factory)
+        name = options.get("name") or getattr(factory, "__name__", "")
+        if not name.isidentifier():
+            raise DeclarationError(
+                f"{location}: {name!r} can't be a resource's name, since request.state.<name> is how "
+                "requests reach it. Give it another: name='…'."
+            )
+        if (first := self._named.get(name)) is not None:
+            raise duplicate(first, name, location)
+        _refuse_unfit(factory, name, location, len(needs))
+        resource: Resource[Any] = Resource(
+            name=name,
+            factory=factory,
+            needs=needs,
+            after=tuple(options.get("after", ())),
+            options=Options(
+                start_timeout=options.get("start_timeout"),
+                close_timeout=options.get("close_timeout"),
+                retry=options.get("retry") or 0,
+                check=options.get("check"),
+                close=options.get("close"),
+                wait_closed=options.get("wait_closed"),
+                terminate=options.get("terminate"),
+            ),
+            registry=self,
+            location=location,
+        )
+        self._named[name] = resource
+        self._entries.append(resource)
+        return resource
+
+    def _resources(self) -> Iterator[Resource[Any]]:
+        for entry in self._entries:
+            if isinstance(entry, Registry):
+                yield from entry._resources()
+            else:
+                yield entry
+
+    def _plan(self) -> Plan:
+        resources = tuple(dict.fromkeys(self._resources()))
+        if self._planned is None or self._planned.resources != resources:
+            self._planned = plan(self.name, resources)
+        return self._planned
+
+    def _path_to(self, target: Registry) -> tuple[Registry, ...]:
+        if self is target:
+            return (self,)
+        for entry in self._entries:
+            if isinstance(entry, Registry) and (path := entry._path_to(target)):
+                return (self, *path)
+        return ()
+
+
+def _refuse_unfit(factory: Callable[..., Any], name: str, location: str, needs: int) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # a builtin that does not say
+        return
+    try:
+        signature.bind(*range(needs))
+    except TypeError as error:
+        raise DeclarationError(
+            f"{name} ({location}) is declared with {needs} needs, and its factory does not take them: "
+            f"{error}. It gets their values by position: @registry.resource(first, second) / "
+            f"def {name}(first, second): …"
+        ) from None

@@ -1,0 +1,101 @@
+"""Where the running lifespans are, and which of them a piece of code means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ._backend import running_loop
+from ._errors import NotOpenError, WrongLoopError
+
+if TYPE_CHECKING:
+    from ._lifespan import Lifespan
+    from ._resource import Resource
+
+T = TypeVar("T")
+
+current: ContextVar[Lifespan | None] = ContextVar("lifekit.current", default=None)
+"""The innermost lifespan of this context; its ``outer`` is the next one."""
+
+
+def find(resource: Resource[T]) -> T:
+    """Return the value of *resource* in the lifespan that the calling code means.
+
+    Raises:
+        NotOpenError: No lifespan has opened it.
+        WrongLoopError: It is open in another event loop.
+    """
+    here = running_loop()
+    elsewhere: Lifespan | None = None
+    for lifespan in _candidates(resource, here):
+        if resource in lifespan.values:
+            # A thread without a loop of its own got here with its starter's context.
+            if here is None or lifespan.loop is here:
+                return lifespan.values[resource]  # type: ignore[no-any-return]
+            elsewhere = lifespan
+    if elsewhere is None and here is not None:
+        others = [each for many in resource.registry.running.values() for each in many]
+        elsewhere = next((each for each in others if resource in each.values), None)
+    if elsewhere is None:
+        raise _not_open(resource, here)
+    raise WrongLoopError(
+        f"{resource.name} is open in another event loop. It was opened in {elsewhere.loop!r} by the "
+        f"lifespan at {elsewhere.location}; this code runs in {here!r}. A connection belongs to the "
+        "loop that opened it: run this code in that loop, or open a lifespan in this one.",
+        resource=resource.name,
+        opened_at=elsewhere.location,
+    )
+
+
+def find_for(resource: Resource[T], scope: MutableMapping[str, Any]) -> T:
+    """Return the value of *resource* for a request whose own state does not hold it.
+
+    Raises:
+        NotOpenError: No lifespan has opened it.
+        WrongLoopError: It is open in another event loop.
+    """
+    try:
+        return find(resource)
+    except NotOpenError as error:
+        error.add_note(_request_hint(scope))
+        raise
+
+
+def _candidates(resource: Resource[Any], here: object | None) -> Iterator[Lifespan]:
+    lifespan = current.get()
+    while lifespan is not None:
+        yield lifespan
+        lifespan = lifespan.outer
+    if here is not None:
+        yield from reversed(resource.registry.running.get(here, ()))
+
+
+def _not_open(resource: Resource[Any], here: object | None) -> NotOpenError:
+    name, registry = resource.name, resource.registry.name
+    lines = [f"{name} ({resource.location}) is not open: no lifespan of {registry!r} runs here."]
+    if here is None:
+        lines.append(
+            "No event loop runs in this thread. At import time there are no values yet: take it in a "
+            "function. In a thread of your own, start it with asyncio.to_thread or "
+            "anyio.to_thread.run_sync, which carry the context along."
+        )
+    else:
+        lines.append(
+            "In an application: FastAPI(lifespan=registry.lifespan). In tests: "
+            "`with TestClient(app) as client` (without `with` it runs no lifespan), and around "
+            "httpx's ASGITransport, which never runs one, `async with registry.lifespan()`. "
+            "Elsewhere: `async with registry.lifespan()` around the code that asks."
+        )
+    return NotOpenError("\n".join(lines), resource=name)
+
+
+def _request_hint(scope: MutableMapping[str, Any]) -> str:
+    if (scope.get("client") or ("",))[0] == "testclient":
+        return "This request came through a TestClient: write `with TestClient(app) as client:`."
+    if "state" not in scope:
+        return (
+            "This request carries no lifespan state: its server or test transport (httpx's "
+            "ASGITransport?) ran no lifespan for the application."
+        )
+    return "The application was started with another lifespan: FastAPI(lifespan=registry.lifespan)."

@@ -1,0 +1,100 @@
+"""What lifekit knows about kinds of values: one driver for each, looked up by type.
+
+A driver's module is imported when the first value of its type shows up, never before, and the
+package it speaks of is never imported by lifekit first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Awaitable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+from .._redact import redact
+
+__all__ = ["Driver", "find", "loaded", "register"]
+
+T = TypeVar("T")
+
+
+class Driver(Generic[T]):
+    """All that is known of one kind of value. Override what differs, then `register` it.
+
+    Each of ``close``, ``wait_closed`` and ``terminate`` may be sync or return an awaitable.
+    """
+
+    async def open(self, value: T) -> T:
+        """Open what a factory returned, and return the open value."""
+        return value
+
+    async def check(self, value: T) -> None:
+        """Raise unless the open value really works: one round trip, no side effect."""
+
+    def close(self, value: T) -> Awaitable[object] | None:
+        """Begin to close: take no new work; may wait for what is under way."""
+
+    def wait_closed(self, value: T) -> Awaitable[object] | None:
+        """Wait until it is closed."""
+
+    def terminate(self, value: T) -> Awaitable[object] | None:
+        """Cut it off at once: what is left when it did not open, or did not close in time."""
+
+    def describe(self, value: T) -> str:
+        """Return what it is in a few words, with no password."""
+        return redact(type(value).__name__)
+
+    def holders(self, value: T) -> Sequence[str]:
+        """Return who still holds parts of it: code lines, with their tasks where known."""
+        return ()
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether a failed opening may succeed when tried again."""
+        return False
+
+    def salvage(self, error: BaseException) -> None:
+        """Cut off what a failed opening built half-way and only its traceback still knows."""
+
+
+_BUILT_IN = {
+    "asyncpg.pool.Pool": "asyncpg",
+    "aiopg.pool.Pool": "aiopg",
+    "redis.asyncio.client.Redis": "redis",
+    "redis.asyncio.cluster.RedisCluster": "redis",
+    "httpx.AsyncClient": "httpx",
+    "httpx2.AsyncClient": "httpx",
+}
+_PACKAGES = {"asyncpg": "asyncpg", "aiopg": "aiopg", "redis": "redis", "httpx": "httpx", "httpx2": "httpx"}
+_registered: dict[type, Driver[Any]] = {}
+
+
+def register(kind: type[T], driver: Driver[T]) -> None:
+    """Let *driver* handle values of the type *kind* and of its subclasses.
+
+    It wins over a built-in driver for the same type; for a subclass the nearest base decides.
+    """
+    _registered[kind] = driver
+
+
+def find(value: T) -> Driver[T] | None:
+    """Return the driver for *value*, or None where no driver knows its type."""
+    for kind in type(value).__mro__:
+        if kind in _registered:
+            return _registered[kind]
+        module = _BUILT_IN.get(f"{kind.__module__}.{kind.__qualname__}")
+        if module is not None:
+            return _load(module)
+    return None
+
+
+def loaded() -> Iterator[Driver[Any]]:
+    """Yield the drivers of what the application has imported, and the registered ones."""
+    yield from dict.fromkeys(_registered.values())
+    for package, module in _PACKAGES.items():
+        if package in sys.modules:
+            yield _load(module)
+
+
+def _load(module: str) -> Driver[Any]:
+    driver: Driver[Any] = importlib.import_module(f"{__name__}.{module}").driver
+    return driver

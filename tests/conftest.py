@@ -1,0 +1,44 @@
+"""Real servers, one of each for the whole run, and a database of its own for who asks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+from anyio.from_thread import start_blocking_portal
+
+from lifekit import embedded
+
+os.environ.pop("DATABASE_URL", None)
+os.environ.pop("REDIS_URL", None)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("trio", {}), id="trio"),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> object:
+    """Every test marked anyio runs on asyncio, uvloop and trio, unless its module narrows it."""
+    return request.param
+
+
+def _served(server: AbstractAsyncContextManager[embedded.Server]) -> Iterator[embedded.Server]:
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(server) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[embedded.Server]:
+    """A real PostgreSQL server, shared by the run."""
+    yield from _served(embedded.postgres())
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[embedded.Server]:
+    """A real Valkey server, shared by the run."""
+    yield from _served(embedded.valkey())
