@@ -1,10 +1,10 @@
-"""The two things that AnyIO has no word for: which loop runs here, and a task of its own."""
+"""What AnyIO has no word for: which loop runs here, its clock at hand, and a task of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from typing import Any
 
@@ -18,6 +18,16 @@ def running_loop() -> object | None:
         except RuntimeError:
             return None
     return loop
+
+
+def clock() -> Callable[[], float]:
+    """Return the clock of the loop that runs here."""
+    loop = asyncio._get_running_loop()
+    if loop is not None:
+        return loop.time
+    from trio import current_time
+
+    return current_time
 
 
 def spawn(coroutine: Coroutine[Any, Any, None], name: str) -> object:

@@ -20,11 +20,10 @@ from math import inf
 from typing import Any
 
 import anyio
-from anyio import CancelScope, current_time, get_cancelled_exc_class
+from anyio import CancelScope, get_cancelled_exc_class
 
-from . import _events as events
-from . import drivers
-from ._backend import spawn
+from . import drivers, events
+from ._backend import clock, spawn
 from ._closing import Call, Live, settle
 from ._errors import DeadlineError, LifekitError, Phase
 from ._graph import Plan
@@ -116,7 +115,7 @@ class Engine:
         start_timeout: float,
         close_timeout: float,
         grace: float,
-        emit: Callable[[events.Event], None] | None,
+        on_event: Callable[[events.Event], object] | None,
     ) -> None:
         """Prepare a run; *values* may already hold some, which this run shares and leaves alone."""
         self.name, self.plan, self.values = name, plan, values
@@ -133,7 +132,9 @@ class Engine:
         self.close_failures: list[Failure] = []
         self.interrupts: list[BaseException] = []  # what must be delivered as it is
         self.began = self.stop_began = 0.0
-        self._emit = emit
+        self.now = clock()
+        self._on_event = on_event
+        self._heard = on_event is not None or events.logger.isEnabledFor(events.INFO)
         self._stop_asked = False
         self._unopened = len(self.own)
         self._running = 0
@@ -151,6 +152,19 @@ class Engine:
         self._stop_asked = True
         self._bell.set()
 
+    async def sit_out(self) -> BaseException | None:
+        """Wait for the end through every cancellation; return the one to deliver then, if any."""
+        # A shield keeps AnyIO's scopes out, but not task.cancel(): hence the loop.
+        interrupt: BaseException | None = None
+        while not self.finished.is_set():
+            try:
+                with CancelScope(shield=True):
+                    await self.finished.wait()
+            except BaseException as error:
+                if interrupt is None or isinstance(interrupt, get_cancelled_exc_class()):
+                    interrupt = error
+        return interrupt
+
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
         times = [(n.open_began, n.opened_at) if n.opened_at else None for n in self.nodes]
@@ -165,11 +179,22 @@ class Engine:
     def _names(self) -> list[str]:
         return [resource.name for resource in self.plan.resources]
 
+    def _emit(self, event: events.Event) -> None:
+        try:
+            events.log(event)
+            if self._on_event is not None:
+                self._on_event(event)
+        except Exception:
+            events.logger.exception(f"on_event of {self.name} failed at {type(event).__name__}")
+        except BaseException as error:
+            self.interrupts.append(error)
+            self.stop()
+
     # -- the owner ------------------------------------------------------------------------------
 
     async def _own(self) -> None:
         try:
-            self.began = current_time()
+            self.began = self.now()
             for node in self.own:
                 if node.pending == 0:
                     self._begin(node)
@@ -178,7 +203,7 @@ class Engine:
             while not (self.stopping and self._running == 0):
                 await self._sleep()
                 self._turn()
-            if self._emit:
+            if self._heard:
                 self._emit(events.Stopped(self.name, self.stop_timeline()))
         finally:
             self.ready.set()
@@ -204,7 +229,7 @@ class Engine:
         for node, happened, what in sorted(reports, key=lambda report: report[0].index):
             if node.state is not State.ENDED:  # else it was left behind, and speaks too late
                 happened(node, what)
-        while self._alarms and self._alarms[0][0] <= current_time():
+        while self._alarms and self._alarms[0][0] <= self.now():
             when, index = heapq.heappop(self._alarms)
             if self.nodes[index].alarm == when:
                 self._overdue(self.nodes[index])
@@ -213,9 +238,9 @@ class Engine:
 
     def _begin(self, node: Node) -> None:
         node.state = State.OPENING
-        node.open_began = current_time()
+        node.open_began = self.now()
         self._running += 1
-        if self._emit:
+        if self._heard:
             self._emit(events.Opening(self.name, node.resource.name))
         node.coroutine = self._life(node)
         node.task = spawn(node.coroutine, f"lifekit {self.name}.{node.resource.name}")
@@ -225,7 +250,7 @@ class Engine:
         node.alarm = inf
         # The one place where a value becomes visible, before anything that needs it begins.
         self.values[node.resource] = live.value
-        if self._emit:
+        if self._heard:
             seconds = node.opened_at - node.open_began
             self._emit(events.Opened(self.name, node.resource.name, seconds, live.describe()))
         self._unopened -= 1
@@ -239,26 +264,24 @@ class Engine:
 
     def _all_open(self) -> None:
         self._alarms.clear()
-        if self._emit:
+        if self._heard:
             self._emit(events.Started(self.name, self.start_timeline()))
         self.ready.set()
 
     def _open_failed(self, node: Node, error: BaseException | None) -> None:
         node.state = State.CLOSING
         name = node.resource.name
-        if self._emit:
-            seconds = node.opened_at - node.open_began
-            self._emit(events.OpenFailed(self.name, name, seconds, error))
-            if node.live is not None and node.live.is_open:
-                self._emit(events.Closing(self.name, name))
+        self._emit(events.OpenFailed(self.name, name, node.opened_at - node.open_began, error))
+        if node.live is not None and node.live.is_open:
+            self._emit(events.Closing(self.name, name))
         if error is not None:
             self._record(self.open_failures, node, error)
             self._stop_asked = True
 
     def _begin_stop(self) -> None:
         self.stopping = True
-        self.stop_began = current_time()
-        if self._emit:
+        self.stop_began = self.now()
+        if self._heard:
             self._emit(events.Stopping(self.name))
         for node in self.own:
             children = (self.nodes[index] for index in self.plan.children[node.index])
@@ -272,8 +295,9 @@ class Engine:
 
     def _ask_to_close(self, node: Node) -> None:
         node.state = State.CLOSING
+        node.close_began = self.now()
         del self.values[node.resource]
-        if self._emit:
+        if self._heard:
             self._emit(events.Closing(self.name, node.resource.name))
         node.asked = True
         node.wake.set()
@@ -282,16 +306,15 @@ class Engine:
         phase, error = failure
         node.clean = False
         self._record(self.close_failures, node, error)
-        if self._emit:
-            self._emit(events.CloseFailed(self.name, node.resource.name, phase, error))
+        self._emit(events.CloseFailed(self.name, node.resource.name, phase, error))
 
     def _terminated(self, node: Node, _: None) -> None:
-        if self._emit:
-            self._emit(events.Terminated(self.name, node.resource.name))
+        self._emit(events.Terminated(self.name, node.resource.name))
 
     def _ended(self, node: Node, _: None) -> None:
         node.state = State.ENDED
         node.alarm = inf
+        node.closed_at = self.now() if node.close_began else 0.0
         self._running -= 1
         if self._emit and node.live is not None and node.live.is_open:
             seconds = node.closed_at - node.close_began
@@ -329,7 +352,6 @@ class Engine:
                 task = spawn(_quietly(node.live.terminate), f"lifekit {node.resource.name} terminate")
                 node.task = (node.task, task)
                 self._terminated(node, None)
-        node.closed_at = current_time()
         self._ended(node, None)
 
     def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
@@ -353,7 +375,7 @@ class Engine:
 
     def _arm(self, node: Node, seconds: float) -> None:
         node.armed_for = seconds
-        self._arm_at(node, current_time() + seconds)
+        self._arm_at(node, self.now() + seconds)
 
     def _arm_at(self, node: Node, when: float) -> None:
         node.alarm = when
@@ -370,7 +392,7 @@ class Engine:
         declared = node.resource.options.close_timeout
         seconds = self.close_timeout if declared is None else declared
         if self.stopping:
-            seconds = min(seconds, max(0.0, self.stop_began + self.grace - current_time()))
+            seconds = min(seconds, max(0.0, self.stop_began + self.grace - self.now()))
         return seconds
 
     # -- a resource's own task ------------------------------------------------------------------
@@ -389,15 +411,16 @@ class Engine:
                 error = None
             except BaseException as raised:
                 error = raised
-            node.opened_at = current_time()
+            node.opened_at = self.now()
             if error is None and not node.scope.cancel_called:
+                assert node.live is not None
                 self._report(node, self._opened, node.live)
-                await self._park(node)
+                await self._park(node, entered=node.live.entered)
             else:  # it failed, or was cancelled, or it arrived too late
                 reason = self._reason(node, error, cancelled=node.scope.cancel_called)
                 self._report(node, self._open_failed, reason)
                 del error
-            if node.live is not None and node.live.is_made:
+            if node.live is not None and (node.live.steps or node.live.terminate):
                 await self._close(node, node.live)
         self._report(node, self._ended, None)
 
@@ -413,15 +436,13 @@ class Engine:
                 delay = min(0.1 * 2 ** (attempt - 1), 5.0) * random.uniform(0.5, 1.0)
                 if attempt > options.retry or not is_transient(error) or node.scope.cancel_called:
                     raise
-                if current_time() + delay >= until:
+                if self.now() + delay >= until:
                     error.add_note(f"lifekit gave up: no time left for attempt {attempt + 1}")
                     raise
                 if node.live is not None and node.live.is_made and not await self._undo(node, node.live):
                     raise
                 node.last_error = error
-            if self._emit:
-                retrying = events.Retrying(self.name, node.resource.name, attempt, delay, node.last_error)
-                self._emit(retrying)
+            self._emit(events.Retrying(self.name, node.resource.name, attempt, delay, node.last_error))
             node.armed_for = seconds
             self._arm_at(node, until)
             await anyio.sleep(delay)
@@ -441,17 +462,21 @@ class Engine:
         # Between two attempts: what the first one made is closed, and only then forgotten.
         clean = await self._close(node, live)
         node.closing_scope.shield = False
+        node.close_began = 0.0
         node.live = None
         return clean and not node.scope.cancel_called
 
-    async def _park(self, node: Node) -> None:
+    async def _park(self, node: Node, *, entered: bool) -> None:
         node.wake = anyio.Event()
         while not node.asked:
             try:
-                # Shielded from the factory's own task group, which may be cancelled meanwhile: why,
-                # comes out where the factory leaves it, at the closing.
-                with CancelScope(shield=True):
+                if not entered:
                     await node.wake.wait()
+                else:
+                    # The factory's own task group may be cancelled meanwhile: why, comes out where
+                    # the factory leaves it, at the closing.
+                    with CancelScope(shield=True):
+                        await node.wake.wait()
             except BaseException as error:
                 if not isinstance(error, get_cancelled_exc_class()):
                     self.interrupts.append(error)
@@ -460,7 +485,7 @@ class Engine:
     async def _close(self, node: Node, live: Live) -> bool:
         node.cut = None
         node.closing_scope.shield = True
-        node.close_began = current_time()
+        node.close_began = node.close_began or self.now()
         self._arm(node, self._close_seconds(node))
         clean = True
         for phase, step in live.steps if live.is_open else ():
@@ -472,7 +497,6 @@ class Engine:
             self._arm(node, min(LAST_CALL, self._close_seconds(node)))
             with CancelScope(shield=True) as node.closing_scope:
                 clean &= await self._step(node, "terminate", live.terminate)
-        node.closed_at = current_time()
         return clean
 
     async def _step(self, node: Node, phase: Phase, step: Call) -> bool:

@@ -6,19 +6,16 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from anyio import CancelScope, Event, get_cancelled_exc_class
-
-from . import _events as events
 from ._backend import running_loop
-from ._engine import Engine
 from ._errors import LifekitError, NotOpenError, ShutdownError, StartupError, WrongLoopError
 from ._graph import Plan
 from ._resource import Resource
 from ._running import current
-from ._timeline import Timeline
 
 if TYPE_CHECKING:
+    from ._engine import Engine
     from ._registry import Registry
+    from ._timeline import Timeline
 
 T = TypeVar("T")
 
@@ -126,6 +123,8 @@ class Lifespan(Mapping[str, Any]):
         """
         if self._engine is not None:
             raise LifekitError(f"the lifespan made at {self.location} has run: make another one")
+        from ._engine import Engine  # here, so that `import lifekit` costs an import of little
+
         registry = self.registry
         self._engine = engine = Engine(
             registry.name,
@@ -134,7 +133,7 @@ class Lifespan(Mapping[str, Any]):
             start_timeout=registry.start_timeout,
             close_timeout=registry.close_timeout,
             grace=registry.grace,
-            emit=registry.emitter(),
+            on_event=registry.on_event,
         )
         self.loop = running_loop()
         self.outer = current.get()
@@ -169,7 +168,7 @@ class Lifespan(Mapping[str, Any]):
 
     async def _after(self, engine: Engine, interrupt: BaseException | None) -> None:
         """Wait for the end, whatever comes meanwhile, and raise what has to be raised then."""
-        interrupt = await _sit_out(engine.finished) or interrupt
+        interrupt = await engine.sit_out() or interrupt
         self._retract()
         if engine.interrupts:
             interrupt = engine.interrupts[0]
@@ -234,17 +233,3 @@ class Lifespan(Mapping[str, Any]):
         if self._engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
         return self._engine
-
-
-async def _sit_out(finished: Event) -> BaseException | None:
-    """Wait for *finished* through every cancellation; return the interruption to deliver, if any."""
-    # A shield keeps AnyIO's scopes out, but not task.cancel(): hence the loop.
-    interrupt: BaseException | None = None
-    while not finished.is_set():
-        try:
-            with CancelScope(shield=True):
-                await finished.wait()
-        except BaseException as error:
-            if interrupt is None or isinstance(interrupt, get_cancelled_exc_class()):
-                interrupt = error
-    return interrupt

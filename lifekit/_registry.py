@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import Any, Generic, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
-from . import _events as events
 from ._errors import DeclarationError
 from ._graph import Plan, duplicate, plan, refuse_duplicates
 from ._lifespan import Lifespan
 from ._resource import Options, Resource, Step
 from ._stack import caller, definition
 from .asgi import bind_requests
+
+if TYPE_CHECKING:
+    from .events import Event
 
 T = TypeVar("T")
 Needs = TypeVarTuple("Needs")
@@ -94,7 +96,7 @@ class Registry:
         start_timeout: float = 30.0,
         close_timeout: float = 10.0,
         grace: float = 25.0,
-        on_event: Callable[[events.Event], object] | None = None,
+        on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self.name = name
         self.start_timeout = start_timeout
@@ -224,18 +226,6 @@ class Registry:
         if app is not None:
             bind_requests(app, self.key)
         return Lifespan(self, self._plan(), caller("starlette", "fastapi"))
-
-    def emitter(self) -> Callable[[events.Event], None] | None:
-        """Return what tells of events: the log, then `on_event`."""
-        on_event = self.on_event
-        if on_event is None:
-            return events.log
-
-        def emit(event: events.Event) -> None:
-            events.log(event)
-            on_event(event)
-
-        return emit
 
     def __repr__(self) -> str:
         return f"<Registry {self.name!r}, {sum(1 for _ in self._resources())} resources>"

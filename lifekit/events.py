@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from logging import INFO
 
 from ._errors import Phase, summary
 from ._timeline import Timeline
