@@ -10,10 +10,10 @@ import contextlib
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from . import drivers
-from ._errors import DeclarationError, LifekitError, Phase
+from ._errors import DeclarationError, LifekitError, Phase, summary
 from ._resource import Resource, Step
 
 Call = Callable[[], object]
@@ -23,7 +23,17 @@ MADE_BY_CONTEXTLIB = (contextlib.AsyncContextDecorator, contextlib.ContextDecora
 class Live:
     """One value on its way from its factory to its closing. Opened, checked, closed once each."""
 
-    __slots__ = ("driver", "entered", "flaw", "is_made", "is_open", "resource", "steps", "terminate", "value")
+    __slots__ = (
+        "driver",
+        "entered",
+        "flaw",
+        "is_made",
+        "is_open",
+        "resource",
+        "steps",
+        "terminate",
+        "value",
+    )
 
     def __init__(self, resource: Resource[Any]) -> None:
         self.resource = resource
@@ -38,14 +48,14 @@ class Live:
 
     async def open(self, needs: Sequence[Any]) -> None:
         """Call the factory with the live values of *needs* and open what it returns."""
-        made = self.resource.factory(*needs)
-        if isinstance(made, Coroutine):
+        made: Any = self.resource.factory(*needs)
+        if _is(made, Coroutine):
             made = await made
         if inspect.isasyncgen(made):
             self._carries_its_closing(await self._first(made), partial(self._finish, made))
         elif inspect.isgenerator(made):
             self._carries_its_closing(self._first_sync(made), partial(self._finish_sync, made))
-        elif isinstance(made, MADE_BY_CONTEXTLIB):
+        elif _is(made, MADE_BY_CONTEXTLIB):
             await self._enter(made)
         else:
             await self._open_value(made)
@@ -64,13 +74,19 @@ class Live:
 
     def describe(self) -> str:
         """Return what the value is, with no password."""
-        if self.driver is not None:
+        if self.driver is None:
+            return type(self.value).__name__
+        try:
             return self.driver.describe(self.value)
-        return type(self.value).__name__
+        except Exception as error:
+            return f"{type(self.value).__name__}, whose describe failed: {summary(error)}"
 
     def holders(self) -> Sequence[str]:
         """Return who holds parts of the value, where its driver knows."""
-        return self.driver.holders(self.value) if self.driver is not None else ()
+        try:
+            return self.driver.holders(self.value) if self.driver is not None else ()
+        except Exception as error:
+            return (f"not known: holders() failed: {summary(error)}",)
 
     # -- opening ----------------------------------------------------------------------------
 
@@ -104,10 +120,10 @@ class Live:
             await self._enter(value)
 
     async def _enter(self, manager: Any) -> None:
-        kind = type(manager)
+        kind: Any = type(manager)
         if hasattr(kind, "__aenter__"):
             value = await kind.__aenter__(manager)
-            leave = partial(kind.__aexit__, manager, None, None, None)
+            leave: Call = partial(kind.__aexit__, manager, None, None, None)
         else:
             value = kind.__enter__(manager)
             leave = partial(kind.__exit__, manager, None, None, None)
@@ -143,8 +159,11 @@ class Live:
             ("close", options.close),
             ("wait_closed", options.wait_closed),
         )
-        found = ((phase, self._flawless(phase, step)) for phase, step in phases if step is not None)
-        return tuple((phase, call) for phase, call in found if call is not None)
+        found: list[tuple[Phase, Call]] = []
+        for phase, step in phases:
+            if step is not None and (call := self._flawless(phase, step)) is not None:
+                found.append((phase, call))
+        return tuple(found)
 
     def _flawless(self, phase: Phase, step: Step) -> Call | None:
         # A step that can't work fails the opening; the value is then closed by the other rules.
@@ -224,7 +243,12 @@ _TWICE = ("a factory that yields twice", "Yield once: what follows the yield is 
 
 async def settle(result: object) -> object:
     """Return what a step gave, awaited if it must be."""
-    return await result if isinstance(result, Awaitable) else result
+    return await cast("Awaitable[object]", result) if _is(result, Awaitable) else result
+
+
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    # Unlike isinstance, it leaves a type checker's view of the value as it was.
+    return isinstance(value, kind)
 
 
 def _has(value: object, name: str) -> bool:

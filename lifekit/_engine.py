@@ -12,12 +12,13 @@ CLOSING, and what never begins stays WAITING.
 from __future__ import annotations
 
 import heapq
+import logging
 import random
 from collections.abc import Callable
 from enum import Enum, auto
 from itertools import count
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from anyio import CancelScope, get_cancelled_exc_class
@@ -122,7 +123,9 @@ class Engine:
         self.start_timeout, self.close_timeout, self.grace = start_timeout, close_timeout, grace
         self.nodes = [
             Node(resource, index, sum(plan.resources[parent] not in values for parent in parents))
-            for index, (resource, parents) in enumerate(zip(plan.resources, plan.parents, strict=True))
+            for index, (resource, parents) in enumerate(
+                zip(plan.resources, plan.parents, strict=True)
+            )
         ]
         self.own = [node for node in self.nodes if node.resource not in values]
         self.ready = anyio.Event()  # all is open, or all has ended again
@@ -134,7 +137,7 @@ class Engine:
         self.began = self.stop_began = 0.0
         self.now = clock()
         self._on_event = on_event
-        self._heard = on_event is not None or events.logger.isEnabledFor(events.INFO)
+        self._heard = on_event is not None or events.logger.isEnabledFor(logging.INFO)
         self._stop_asked = False
         self._unopened = len(self.own)
         self._running = 0
@@ -173,7 +176,9 @@ class Engine:
     def stop_timeline(self) -> Timeline:
         """Return how the stop went."""
         times = [(n.close_began, n.closed_at) if n.closed_at else None for n in self.nodes]
-        return timeline(f"stop of {self.name}", self._names, times, self.plan.children, self.stop_began)
+        return timeline(
+            f"stop of {self.name}", self._names, times, self.plan.children, self.stop_began
+        )
 
     @property
     def _names(self) -> list[str]:
@@ -316,7 +321,7 @@ class Engine:
         node.alarm = inf
         node.closed_at = self.now() if node.close_began else 0.0
         self._running -= 1
-        if self._emit and node.live is not None and node.live.is_open:
+        if self._heard and node.live is not None and node.live.is_open:
             seconds = node.closed_at - node.close_began
             self._emit(events.Closed(self.name, node.resource.name, seconds, node.clean))
         node.live = None
@@ -349,7 +354,9 @@ class Engine:
         else:
             self._close_failed(node, (node.phase, error))
             if node.phase != "terminate" and node.live is not None and node.live.terminate:
-                task = spawn(_quietly(node.live.terminate), f"lifekit {node.resource.name} terminate")
+                task = spawn(
+                    _quietly(node.live.terminate), f"lifekit {node.resource.name} terminate"
+                )
                 node.task = (node.task, task)
                 self._terminated(node, None)
         self._ended(node, None)
@@ -439,10 +446,16 @@ class Engine:
                 if self.now() + delay >= until:
                     error.add_note(f"lifekit gave up: no time left for attempt {attempt + 1}")
                     raise
-                if node.live is not None and node.live.is_made and not await self._undo(node, node.live):
+                if (
+                    node.live is not None
+                    and node.live.is_made
+                    and not await self._undo(node, node.live)
+                ):
                     raise
                 node.last_error = error
-            self._emit(events.Retrying(self.name, node.resource.name, attempt, delay, node.last_error))
+            self._emit(
+                events.Retrying(self.name, node.resource.name, attempt, delay, node.last_error)
+            )
             node.armed_for = seconds
             self._arm_at(node, until)
             await anyio.sleep(delay)
@@ -511,18 +524,23 @@ class Engine:
             self._report(node, self._close_failed, (phase, reason))
         return reason is None
 
-    def _reason(self, node: Node, error: BaseException | None, *, cancelled: bool) -> BaseException | None:
+    def _reason(
+        self, node: Node, error: BaseException | None, *, cancelled: bool
+    ) -> BaseException | None:
         # A cancellation that lifekit asked for is no failure by itself: what it asked for it is.
         ours = get_cancelled_exc_class()
         if isinstance(error, BaseExceptionGroup):
-            error = error.split(ours)[1] or error.exceptions[0]
+            group = cast("BaseExceptionGroup[BaseException]", error)
+            error = group.split(ours)[1] or group.exceptions[0]
         real = None if isinstance(error, ours) else error
         if node.cut is not None:
             cut, node.cut = node.cut, None
             cut.__cause__ = real or node.last_error
             return cut
         if error is not None and real is None and not cancelled:
-            real = LifekitError(f"{node.phase} of {node.resource.name} was cancelled, not by lifekit")
+            real = LifekitError(
+                f"{node.phase} of {node.resource.name} was cancelled, not by lifekit"
+            )
             real.__cause__ = error
         return real
 

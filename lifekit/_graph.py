@@ -71,6 +71,7 @@ def _refuse_cycles(ordered: tuple[Resource[Any], ...], parents: list[tuple[int, 
         graphlib.TopologicalSorter(dict(enumerate(parents))).prepare()
     except graphlib.CycleError as error:
         # graphlib walks from a need to what needs it; people read "a needs b".
-        steps = [ordered[index] for index in reversed(error.args[1])]
+        cycle: list[int] = error.args[1]
+        steps = [ordered[index] for index in reversed(cycle)]
         path = " -> ".join(f"{step.name} ({step.location})" for step in steps)
         raise DeclarationError(f"the resources need each other in a cycle: {path}") from None

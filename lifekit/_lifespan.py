@@ -87,17 +87,20 @@ class Lifespan(Mapping[str, Any]):
     def __contains__(self, key: object) -> bool:
         return key in self.values or key in self._names or key in self._lifespans()
 
-    __hash__ = object.__hash__
-
     def __eq__(self, other: object) -> bool:
         return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __repr__(self) -> str:
         return f"<Lifespan of {self.registry.name!r}, {self.location}, {len(self.values)} open>"
 
     def _lifespans(self) -> dict[str, Lifespan]:
         # Under these keys a request's own state leads from a handle to this lifespan.
-        return dict.fromkeys({resource.registry.key: None for resource in self._plan.resources}, self)
+        return dict.fromkeys(
+            {resource.registry.key: None for resource in self._plan.resources}, self
+        )
 
     def _why_not_open(self, resource: Resource[Any]) -> str:
         if resource not in self._plan.resources:
@@ -189,7 +192,6 @@ class Lifespan(Mapping[str, Any]):
         shutdown = ShutdownError.of(name, engine.close_failures) if engine.close_failures else None
         if not engine.open_failures:
             return shutdown
-        failed = {resource for resource, _, _ in engine.open_failures}
         return StartupError.of(
             name,
             engine.open_failures,

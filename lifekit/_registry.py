@@ -162,6 +162,7 @@ class Registry:
         e: Resource[E],
         f: Resource[F],
         g: Resource[G],
+        /,
         *more: Resource[Any],
         **options: Unpack[Declaration],
     ) -> Declare[A, B, C, D, E, F, G, Unpack[tuple[Any, ...]]]: ...
@@ -197,7 +198,8 @@ class Registry:
                     "a ready-made value can't be one, since it belongs to no lifespan: return it from "
                     "a factory instead."
                 )
-        return Declare(self, needs, options)
+        declare: Declare[Unpack[tuple[Any, ...]]] = Declare(self, needs, options)
+        return declare
 
     def include(self, registry: Registry) -> None:
         """Make the resources of *registry*, also those it will declare later, part of this one.
@@ -231,17 +233,20 @@ class Registry:
         return f"<Registry {self.name!r}, {sum(1 for _ in self._resources())} resources>"
 
     def _declare(
-        self, factory: Callable[..., Any], needs: tuple[Resource[Any], ...], options: Declaration | None = None
+        self,
+        factory: Callable[..., Any],
+        needs: tuple[Resource[Any], ...],
+        options: Declaration | None = None,
     ) -> Resource[Any]:
         options = options if options is not None else {}
-        if not callable(factory) or isinstance(factory, Resource):
+        if not callable(factory):
             raise DeclarationError(
                 f"{caller()}: a {type(factory).__name__} stands where a factory is expected. A value "
                 "made beforehand belongs to whichever event loop first uses it; return it from a "
                 "function, so that every lifespan makes its own: @registry.resource / def name(): …"
             )
         location = definition(factory)
-        name = options.get("name") or getattr(factory, "__name__", "")
+        name = options.get("name") or str(getattr(factory, "__name__", ""))
         if not name.isidentifier():
             raise DeclarationError(
                 f"{location}: {name!r} can't be a resource's name, since request.state.<name> is how "

@@ -79,7 +79,11 @@ def _suspended_frames(awaitable: object) -> Iterator[FrameType]:
 
 def _wrapped_by(awaitable: object) -> object:
     # `agen.__anext__()` and `coro.__await__()` hide what they drive from Python, not from gc.
-    if type(awaitable).__name__ in {"async_generator_asend", "async_generator_athrow", "coroutine_wrapper"}:
+    if type(awaitable).__name__ in {
+        "async_generator_asend",
+        "async_generator_athrow",
+        "coroutine_wrapper",
+    }:
         for referent in gc.get_referents(awaitable):
             if any(kind(referent) for kind, _, _ in _SUSPENDED):
                 return referent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from typing import cast
 
 from . import drivers
 
@@ -23,7 +24,7 @@ _ERRNOS = {
 def is_transient(error: BaseException) -> bool:
     """Return whether *error* says that a server is not there yet, rather than that it refuses us."""
     if isinstance(error, BaseExceptionGroup):
-        return all(map(is_transient, error.exceptions))
+        return all(map(is_transient, cast("BaseExceptionGroup[BaseException]", error).exceptions))
     if isinstance(error, OSError):
         return _is_transient_os_error(error)
     return any(driver.transient(error) for driver in drivers.loaded())

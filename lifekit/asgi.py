@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,9 @@ from ._running import current
 __all__ = ["combine"]
 
 Scope = MutableMapping[str, Any]
-ASGIApp = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
+ASGIApp = Callable[
+    [Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
+]
 State = Mapping[str, Any]
 
 
@@ -28,11 +30,12 @@ def combine(
     """
 
     @asynccontextmanager
-    async def combined(app: Any) -> AsyncIterator[State]:
+    async def combined(app: Any) -> AsyncGenerator[State]:
         state: dict[str, Any] = {}
         async with AsyncExitStack() as stack:
             for lifespan in lifespans:
-                more = dict(await stack.enter_async_context(lifespan(app)) or {})
+                yielded: State | None = await stack.enter_async_context(lifespan(app))
+                more = dict(yielded or {})
                 if twice := state.keys() & more.keys():
                     raise DeclarationError(
                         f"two of the combined lifespans yield {', '.join(sorted(twice))}: one would "

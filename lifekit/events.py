@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from logging import INFO
 
 from ._errors import Phase, summary
 from ._timeline import Timeline
@@ -128,7 +127,9 @@ def log(event: Event) -> None:
         case OpenFailed(error=None):
             logger.info(f"{event.resource} cancelled after {event.seconds:.3f} s")
         case OpenFailed(error=BaseException() as error):
-            logger.error(f"{event.resource} failed to open after {event.seconds:.3f} s: {summary(error)}")
+            logger.error(
+                f"{event.resource} failed to open after {event.seconds:.3f} s: {summary(error)}"
+            )
         case CloseFailed():
             logger.error(f"{event.resource} failed in {event.phase}: {summary(event.error)}")
         case Terminated():

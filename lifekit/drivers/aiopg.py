@@ -1,0 +1,162 @@
+"""What lifekit knows about aiopg's pools, from `pool.py` and `connection.py` of aiopg 1.4."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from traceback import walk_tb
+from typing import Any
+
+import psycopg2
+from aiopg import Connection, Pool
+from psycopg2.extensions import parse_dsn
+
+from lifekit._backend import running_loop
+from lifekit._errors import DeclarationError
+from lifekit._redact import redact
+
+from . import Driver
+from ._loans import Loans, Site
+
+_loans = Loans("aiopg")
+# Of a connection that was never made psycopg2 gives no SQLSTATE, only libpq's text.
+_TRANSIENT = re.compile(
+    r"connection (refused|reset)|timeout expired|timed out|EOF detected"
+    r"|server closed the connection unexpectedly|temporary failure in name resolution"
+    r"|(failed|server): no such file or directory"
+    r"|the database system is (starting|shutting|in recovery|not (yet )?accepting)"
+    r"|too many (clients|connections)|connection slots are reserved"
+    r"|terminating connection due to administrator command",
+    re.IGNORECASE,
+)
+# These win: one text tells of every host, and quotes names that may say anything.
+_PERMANENT = re.compile(r"authentication|password|does not exist|not permitted|certificate", re.I)
+_MEND = "Return aiopg.create_pool(...) from the factory, so that each lifespan gets its own."
+
+
+class _Noting(Pool):
+    """A pool that notes who acquires; the class of an open pool becomes a subclass of it."""
+
+    def _acquire(self) -> Any:
+        # Called where acquire() is, even if wait_for() then awaits it in a task of its own.
+        return self._noted(_loans.here())
+
+    async def _noted(self, site: Site) -> Connection:
+        connection = await super()._acquire()
+        _loans.note(connection, site)
+        return connection
+
+    async def _fill_free_pool(self, override_min: bool) -> None:
+        # Once past its first line acquire() no more asks whether the pool was closed meanwhile.
+        if not self._closed:
+            await super()._fill_free_pool(override_min)
+        if self._closed:
+            _cut(self._free)
+            raise RuntimeError("Cannot acquire connection after closing pool")
+
+
+@functools.cache
+def _noting(kind: Any) -> type[Pool]:
+    return type(kind.__name__, (_Noting, kind), {"__doc__": kind.__doc__})
+
+
+class AiopgDriver(Driver[Pool]):
+    """Pools of aiopg, as `aiopg.create_pool()` gives them."""
+
+    async def open(self, value: Pool) -> Pool:
+        """Take a pool that is this lifespan's own; from here on it notes who holds connections."""
+        pool: Any = value
+        if pool._loop is not running_loop():
+            raise DeclarationError(f"this aiopg pool belongs to another event loop. {_MEND}")
+        if pool._closing or pool.closed:
+            raise DeclarationError(f"this aiopg pool is closed already. {_MEND}")
+        with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
+            pool.__class__ = _noting(pool.__class__)
+        return value
+
+    async def check(self, value: Pool) -> None:
+        """Run one `SELECT 1`."""
+        async with value.acquire() as connection, connection.cursor() as cursor:
+            await cursor.execute("SELECT 1")
+
+    def close(self, value: Pool) -> None:
+        """Hand out no more connections."""
+        value.close()
+
+    def wait_closed(self, value: Pool) -> Awaitable[object]:
+        """Close the idle connections and wait for those that are out."""
+        return value.wait_closed()
+
+    def terminate(self, value: Pool) -> None:
+        """Cut every connection off, idle or out, and wake what waits for the pool."""
+        pool: Any = value
+        if pool._loop is not running_loop():
+            return  # `open` refused it: it is another's, or dead
+        # Pool.terminate() leaves the idle ones open, and wait_closed() waiting.
+        pool.close()
+        pool._closed = True
+        pool._terminated |= pool._used  # release() then knows them
+        _cut(pool._used)
+        _cut(pool._free)
+        if pool._cond.locked():
+            pool._cond.notify_all()
+        else:
+            pool._loop.create_task(_wake(pool._cond))
+
+    def describe(self, value: Pool) -> str:
+        """Return its sizes and its server."""
+        sizes = f"{value.minsize} to {value.maxsize or 'any number'}"
+        return redact(f"aiopg pool of {sizes}, {_server(value)}")
+
+    def holders(self, value: Pool) -> Sequence[str]:
+        """Return where each connection that is out was acquired."""
+        pool: Any = value
+        return _loans.lines(pool._used)
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether the server is starting, stopping or full, or hung up on us."""
+        if not isinstance(error, psycopg2.OperationalError) or _PERMANENT.search(str(error)):
+            return False
+        return _TRANSIENT.search(str(error)) is not None
+
+    def salvage(self, error: BaseException) -> None:
+        """Close what a pool had opened when it failed to open: nobody else knows it."""
+        opening: Any = Pool.from_pool_fill
+        filling: Any = Pool._fill_free_pool  # pyright: ignore[reportPrivateUsage]
+        for frame, _ in walk_tb(error.__traceback__):
+            if frame.f_code is opening.__func__.__code__:
+                self.terminate(frame.f_locals["self"])
+            elif frame.f_code is filling.__code__ and "conn" in frame.f_locals:
+                _cut({frame.f_locals["conn"]})  # the one that on_connect failed with
+
+
+def _cut(connections: Any) -> None:
+    while connections:
+        connection = connections.pop()
+        # Not twice: its descriptor may be another's by now, which close() would take off the loop.
+        if connection.raw.closed != 1:
+            connection.close()
+
+
+async def _wake(condition: Any) -> None:
+    async with condition:
+        condition.notify_all()
+
+
+def _server(pool: Any) -> str:
+    """Return where a pool connects to: its DSN, and the arguments that win over it."""
+    try:
+        given = parse_dsn(pool._dsn or "") | pool._conn_kwargs
+    except psycopg2.ProgrammingError:
+        return "a malformed DSN"
+    user, host, port = (given.get(name) or "" for name in ("user", "host", "port"))
+    database = given.get("dbname") or given.get("database") or ""
+    if not (host or user or database):
+        return "the server that PGHOST names"
+    login = f"{user}{':***' if given.get('password') else ''}@" if user else ""
+    return f"postgresql://{login}{host}{':' if port else ''}{port}/{database}"
+
+
+driver = AiopgDriver()

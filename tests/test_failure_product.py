@@ -1,0 +1,271 @@
+"""Whatever fails, wherever: what opened is closed exactly once, children first, nothing is hidden.
+
+{open, check, close, wait_closed, terminate} x {fine, raises, hangs, raises BaseException, cancelled
+once, cancelled many times, outer scope cancelled} x {first, middle, last, all of a chain}, each time
+against the whole event log that a page of model code predicts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import pytest
+from anyio import CancelScope
+from anyio.lowlevel import checkpoint
+
+from lifekit import DeadlineError, Registry, ShutdownError, StartupError, events
+
+from .leaks import tasks_alive
+
+pytestmark = pytest.mark.anyio
+
+NAMES = ("first", "middle", "last")
+PHASES = ("open", "check", "close", "wait_closed", "terminate")
+MODES = ("fine", "raises", "hangs", "interrupts", "cancelled", "cancelled_often", "scope_cancelled")
+PLACES = {"first": {"first"}, "middle": {"middle"}, "last": {"last"}, "all": set(NAMES)}
+STARTS = ("open", "check")
+CANCELS = ("cancelled", "cancelled_often", "scope_cancelled")
+
+
+class BoomError(Exception):
+    """What a phase raises."""
+
+
+class Interrupt(BaseException):
+    """What a phase raises where a KeyboardInterrupt or SystemExit would stand."""
+
+
+@dataclass
+class World:
+    """One case: how the parts behave, what happened to them, and how to cancel the caller."""
+
+    phase: str
+    mode: str
+    bad: set[str]
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    log: list[tuple[Any, ...]] = field(default_factory=list)
+    cancel: Callable[[], object] = lambda: None
+    by_task: bool = False  # whether it is a task that is cancelled, not a scope
+
+    async def act(self, name: str, phase: str) -> None:
+        """Do what the part called *name* does in *phase*."""
+        self.calls.append((name, phase))
+        await checkpoint()
+        if name not in self.bad:
+            return
+        if self.phase == "terminate" and phase == "close":
+            raise BoomError(name, phase)  # the way to a terminate
+        if phase == self.phase:
+            await self.misbehave(name)
+
+    async def misbehave(self, name: str) -> None:
+        """Do what the case is about."""
+        match self.mode:
+            case "raises":
+                raise BoomError(name, self.phase)
+            case "interrupts":
+                raise Interrupt(name, self.phase)
+            case "hangs":
+                await anyio.sleep_forever()
+            case "cancelled" | "cancelled_often" | "scope_cancelled":
+                for _ in range(5 if self.mode == "cancelled_often" else 1):
+                    self.cancel()
+                    if self.phase not in STARTS:
+                        await checkpoint()
+                        await checkpoint()
+                if self.phase in STARTS:
+                    await anyio.sleep_forever()  # the rollback ends it
+            case _:
+                await checkpoint()
+
+    def hear(self, event: events.Event) -> None:
+        """Note an event without its times."""
+        match event:
+            case events.OpenFailed():
+                self.log.append(("OpenFailed", event.resource, type(event.error)))
+            case events.CloseFailed():
+                self.log.append(("CloseFailed", event.resource, event.phase, type(event.error)))
+            case events.Closed():
+                self.log.append(("Closed", event.resource, event.clean))
+            case events.Started() | events.Stopping() | events.Stopped():
+                self.log.append((type(event).__name__,))
+            case _:
+                self.log.append((type(event).__name__, event.resource))
+
+
+class Part:
+    """A value with every phase."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+
+    async def check(self) -> None:
+        await self.world.act(self.name, "check")
+
+    async def close(self) -> None:
+        await self.world.act(self.name, "close")
+
+    async def wait_closed(self) -> None:
+        await self.world.act(self.name, "wait_closed")
+
+    async def terminate(self) -> None:
+        await self.world.act(self.name, "terminate")
+
+
+def chain(world: World) -> Registry:
+    """Declare first <- middle <- last."""
+    registry = Registry(start_timeout=0.03, close_timeout=0.03, on_event=world.hear)
+    before: tuple[Any, ...] = ()
+    for name in NAMES:
+
+        async def make(*_: Part, name: str = name) -> Part:
+            await world.act(name, "open")
+            return Part(world, name)
+
+        before = (registry.resource(*before, name=name, check="check")(make),)
+    return registry
+
+
+def raised_by(mode: str) -> type[BaseException]:
+    """Return what a phase that misbehaves fails with."""
+    return {"raises": BoomError, "hangs": DeadlineError, "interrupts": Interrupt}[mode]
+
+
+def predicted(world: World) -> Iterator[tuple[Any, ...]]:
+    """Yield the whole event log that the contract asks for."""
+    opened: list[str] = []
+    fails_at_start = world.phase in STARTS and world.mode != "fine"
+    for name in NAMES:
+        yield ("Opening", name)
+        if fails_at_start and name in world.bad:
+            break
+        yield ("Opened", name)
+        opened.append(name)
+    if fails_at_start:
+        if world.mode in CANCELS:
+            yield ("Stopping",)
+            yield ("OpenFailed", name, type(None))
+        else:
+            yield ("OpenFailed", name, raised_by(world.mode))
+        if world.phase == "check":
+            yield ("Closing", name)
+        if world.mode not in CANCELS:
+            yield ("Stopping",)
+        if world.phase == "check":
+            yield ("Closed", name, True)
+    else:
+        yield ("Started",)
+        yield ("Stopping",)
+    for name in reversed(opened):
+        yield ("Closing", name)
+        yield from predicted_failures(world, name)
+    yield ("Stopped",)
+
+
+def predicted_failures(world: World, name: str) -> Iterator[tuple[Any, ...]]:
+    """Yield what follows a Closing."""
+    bad = name in world.bad
+    fails = bad and world.mode not in ("fine", *CANCELS)
+    if bad and world.phase == "terminate":
+        yield ("CloseFailed", name, "close", BoomError)
+        yield ("Terminated", name)
+        if fails:
+            yield ("CloseFailed", name, "terminate", raised_by(world.mode))
+        yield ("Closed", name, False)
+    elif fails and world.phase in ("close", "wait_closed"):
+        yield ("CloseFailed", name, world.phase, raised_by(world.mode))
+        yield ("Terminated", name)
+        yield ("Closed", name, False)
+    else:
+        yield ("Closed", name, True)
+
+
+async def run(world: World) -> BaseException | None:
+    """Run the chain in a caller that can be cancelled; return what came out of the lifespan."""
+    outcome: list[BaseException] = []
+
+    async def caller() -> None:
+        try:
+            async with chain(world).lifespan():
+                await checkpoint()
+            await checkpoint()  # where a cancelled scope says so
+        except BaseException as error:
+            outcome.append(error)
+            raise
+
+    on_asyncio = asyncio._get_running_loop() is not None
+    with CancelScope() as scope:
+        world.cancel = scope.cancel
+        try:
+            if on_asyncio and world.mode != "scope_cancelled":
+                task = asyncio.create_task(caller())
+                world.cancel, world.by_task = task.cancel, True
+                await asyncio.wait([task])
+                task.result()
+            else:
+                await caller()
+        except anyio.get_cancelled_exc_class():
+            if not world.by_task:
+                raise  # it is the scope's to catch
+        except BaseException as error:
+            assert error is outcome[0]
+    return outcome[0] if outcome else None
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("phase", PHASES)
+async def test_the_whole_story_is_as_predicted(phase: str, mode: str, place: str) -> None:
+    world = World(phase, mode, PLACES[place])
+    before = tasks_alive()
+    raised = await run(world)
+    assert world.log == list(predicted(world))
+    assert_each_closed_once(world)
+    assert_nothing_hidden(world, raised)
+    assert tasks_alive() == before
+
+
+def assert_each_closed_once(world: World) -> None:
+    """What opened is closed once, what did not is never closed, no phase runs twice."""
+    assert len(world.calls) == len(set(world.calls))
+    made = {name for name in NAMES if (name, "check") in world.calls}
+    assert {name for name, phase in world.calls if phase == "close"} == made
+
+
+def assert_nothing_hidden(world: World, raised: BaseException | None) -> None:
+    """Every failure comes out: as it is where it must be delivered, else in one group."""
+    failed = [entry for entry in world.log if entry[0].endswith("Failed") and entry[-1] is not type(None)]
+    cancelled = anyio.get_cancelled_exc_class()
+    group: BaseException | None
+    if world.mode in CANCELS and (world.by_task or world.phase in STARTS or not failed):
+        assert isinstance(raised, cancelled)
+        group = raised.__context__
+    elif world.mode == "interrupts":
+        assert isinstance(raised, Interrupt)
+        group = raised.__context__
+    else:
+        group = raised
+    shown = [type(error) for error in leaves(group)] if isinstance(group, BaseExceptionGroup) else []
+    assert shown == [entry[-1] for entry in failed if entry[-1] is not Interrupt]
+    if world.mode in ("raises", "hangs") and world.phase in STARTS:
+        assert isinstance(raised, StartupError)
+        culprit = next(name for name in NAMES if name in world.bad)
+        assert raised.failures[0][0] == culprit
+        assert raised.not_begun == NAMES[NAMES.index(culprit) + 1 :]
+        assert raised.opened == NAMES[: NAMES.index(culprit)]
+    elif failed and world.mode in ("raises", "hangs"):
+        assert isinstance(raised, ShutdownError)
+        assert [name for name, _ in raised.failures] == [entry[1] for entry in failed]
+
+
+def leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
+    """Yield what a group holds, groups in it opened."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from leaves(error)  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            yield error
