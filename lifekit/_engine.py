@@ -77,6 +77,7 @@ class Node:
         "scope",
         "state",
         "task",
+        "terminated",
         "wake",
     )
 
@@ -99,6 +100,7 @@ class Node:
         self.armed_for = inf  # the seconds that it had
         self.asked = False
         self.clean = True
+        self.terminated = False  # by the owner, who left it behind
         self.open_began = self.opened_at = self.close_began = self.closed_at = 0.0
 
 
@@ -247,6 +249,7 @@ class Engine:
         self._running += 1
         if self._heard:
             self._emit(events.Opening(self.name, node.resource.name))
+        node.scope, node.closing_scope = CancelScope(shield=True), CancelScope()
         node.coroutine = self._life(node)
         node.task = spawn(node.coroutine, f"lifekit {self.name}.{node.resource.name}")
 
@@ -338,13 +341,13 @@ class Engine:
             self._leave_behind(node)
         elif node.state is State.OPENING:
             node.cut = self._deadline_error(node)
-            self._arm(node, self._close_seconds(node))
+            self._arm_at(node, self.now() + self._close_seconds(node))
             node.scope.cancel()
             if node.closing_scope.shield:  # between two attempts
                 node.closing_scope.cancel()
         else:
             node.cut = self._deadline_error(node)
-            self._arm(node, LAST_CALL)
+            self._arm_at(node, self.now() + LAST_CALL)
             node.closing_scope.cancel()
 
     def _leave_behind(self, node: Node) -> None:
@@ -359,7 +362,9 @@ class Engine:
                 )
                 node.task = (node.task, task)
                 self._terminated(node, None)
+        live = node.live
         self._ended(node, None)
+        node.live = live  # its task still has it, and closes it should the opening ever succeed
 
     def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
         if isinstance(error, Exception):
@@ -412,9 +417,10 @@ class Engine:
         # Both scopes stand around the whole life, because a generator factory may have scopes of
         # its own open across its yield, and scopes must nest. The outer one ends an opening. The
         # inner one ends a closing, and shields it from an opening that was ended before.
-        with CancelScope(shield=True) as node.scope, CancelScope() as node.closing_scope:
+        with node.scope, node.closing_scope:
             try:
-                await self._open(node)
+                if not node.scope.cancel_called:  # else the stop came before its first step
+                    await self._open(node)
                 error = None
             except BaseException as raised:
                 error = raised
@@ -500,15 +506,19 @@ class Engine:
         node.closing_scope.shield = True
         node.close_began = node.close_began or self.now()
         self._arm(node, self._close_seconds(node))
+        if node.state is State.ENDED:  # left behind while it opened: nobody watches its time
+            node.closing_scope.deadline = self.now() + LAST_CALL
         clean = True
         for phase, step in live.steps if live.is_open else ():
             # After a failure only a generator's end, or the exit of what was entered, must still come.
             if clean or (live.entered and step is live.steps[-1][1]):
                 clean &= await self._step(node, phase, step)
-        if live.terminate and not (clean and live.is_open):
+        if live.terminate and not (clean and live.is_open) and not node.terminated:
             self._report(node, self._terminated, None)
             self._arm(node, min(LAST_CALL, self._close_seconds(node)))
-            with CancelScope(shield=True) as node.closing_scope:
+            with CancelScope(
+                shield=True, deadline=self.now() + 2 * LAST_CALL
+            ) as node.closing_scope:
                 clean &= await self._step(node, "terminate", live.terminate)
         return clean
 
@@ -547,6 +557,7 @@ class Engine:
 
 async def _quietly(call: Call) -> None:
     try:
-        await settle(call())
+        with CancelScope(shield=True, deadline=clock()() + LAST_CALL):
+            await settle(call())
     except BaseException as error:
         events.logger.error(f"terminate of what was left behind failed: {error!r}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 NAMES = ("first", "middle", "last")
 PHASES = ("open", "check", "close", "wait_closed", "terminate")
 MODES = ("fine", "raises", "hangs", "interrupts", "cancelled", "cancelled_often", "scope_cancelled")
-PLACES = {"first": {"first"}, "middle": {"middle"}, "last": {"last"}, "all": set(NAMES)}
+PLACES = {"first": NAMES[:1], "middle": NAMES[1:2], "last": NAMES[2:], "all": NAMES}
 STARTS = ("open", "check")
 CANCELS = ("cancelled", "cancelled_often", "scope_cancelled")
 
@@ -45,9 +45,9 @@ class World:
 
     phase: str
     mode: str
-    bad: set[str]
-    calls: list[tuple[str, str]] = field(default_factory=list)
-    log: list[tuple[Any, ...]] = field(default_factory=list)
+    bad: tuple[str, ...]
+    calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    log: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])
     cancel: Callable[[], object] = lambda: None
     by_task: bool = False  # whether it is a task that is cancelled, not a scope
 
@@ -139,6 +139,7 @@ def predicted(world: World) -> Iterator[tuple[Any, ...]]:
     """Yield the whole event log that the contract asks for."""
     opened: list[str] = []
     fails_at_start = world.phase in STARTS and world.mode != "fine"
+    name = ""
     for name in NAMES:
         yield ("Opening", name)
         if fails_at_start and name in world.bad:
@@ -238,7 +239,9 @@ def assert_each_closed_once(world: World) -> None:
 
 def assert_nothing_hidden(world: World, raised: BaseException | None) -> None:
     """Every failure comes out: as it is where it must be delivered, else in one group."""
-    failed = [entry for entry in world.log if entry[0].endswith("Failed") and entry[-1] is not type(None)]
+    failed = [
+        entry for entry in world.log if entry[0].endswith("Failed") and entry[-1] is not type(None)
+    ]
     cancelled = anyio.get_cancelled_exc_class()
     group: BaseException | None
     if world.mode in CANCELS and (world.by_task or world.phase in STARTS or not failed):
@@ -249,7 +252,9 @@ def assert_nothing_hidden(world: World, raised: BaseException | None) -> None:
         group = raised.__context__
     else:
         group = raised
-    shown = [type(error) for error in leaves(group)] if isinstance(group, BaseExceptionGroup) else []
+    shown = (
+        [type(error) for error in leaves(group)] if isinstance(group, BaseExceptionGroup) else []
+    )
     assert shown == [entry[-1] for entry in failed if entry[-1] is not Interrupt]
     if world.mode in ("raises", "hangs") and world.phase in STARTS:
         assert isinstance(raised, StartupError)
@@ -262,10 +267,8 @@ def assert_nothing_hidden(world: World, raised: BaseException | None) -> None:
         assert [name for name, _ in raised.failures] == [entry[1] for entry in failed]
 
 
-def leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
-    """Yield what a group holds, groups in it opened."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from leaves(error)  # pyright: ignore[reportUnknownArgumentType]
-        else:
-            yield error
+def leaves(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the errors that a lifespan's group holds, groups in it opened; none of anything else."""
+    if isinstance(error, ExceptionGroup):
+        for inner in cast("ExceptionGroup[Exception]", error).exceptions:
+            yield from leaves(inner) if isinstance(inner, ExceptionGroup) else (inner,)

@@ -1,0 +1,314 @@
+"""Random graphs with random failures, hangs, delays and cancellations keep every promise.
+
+In virtual time, so that hangs and deadlines cost nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import pytest
+from anyio import CancelScope
+from anyio.lowlevel import checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lifekit import Registry, ShutdownError, StartupError, events
+
+from . import virtual_time
+from .leaks import tasks_alive
+from .test_failure_product import BoomError, Interrupt, leaves
+
+STYLES = ("value", "generator", "manager", "task_group")
+ACTS = ("fine", "fine", "fine", "delay", "delay", "boom", "hang", "stubborn", "late", "interrupt")
+START_TIMEOUT, CLOSE_TIMEOUT, GRACE = 30.0, 10.0, 25.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one resource behaves."""
+
+    style: str
+    needs: tuple[int, ...]
+    after: tuple[int, ...]
+    open: str
+    close: str
+    wait_closed: str
+    terminate: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, and when and how its caller is cancelled: at which act, how often, by what."""
+
+    specs: tuple[Spec, ...]
+    cancel_at: int | None
+    times: int
+    by_scope: bool
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Draw a graph of up to 30 resources; most behave, some do not."""
+    size = draw(st.integers(1, 30))
+    calm = draw(st.booleans())  # in a calm graph openings succeed, so that closings get their turn
+    opens = st.sampled_from(("fine", "delay") if calm else ACTS)
+    specs: list[Spec] = []
+    for index in range(size):
+        earlier = (
+            st.lists(st.integers(0, index - 1), max_size=3, unique=True) if index else st.just([])
+        )
+        spec = Spec(
+            style=draw(st.sampled_from(STYLES)),
+            needs=tuple(draw(earlier)),
+            after=tuple(draw(earlier)) if draw(st.integers(0, 5)) == 0 else (),
+            open=draw(opens),
+            close=draw(st.sampled_from(ACTS)),
+            wait_closed=draw(st.sampled_from(ACTS)),
+            terminate=draw(st.sampled_from(ACTS)),
+        )
+        specs.append(spec)
+    cancel_at = draw(st.none() | st.integers(1, 4 * size))
+    return Case(tuple(specs), cancel_at, draw(st.integers(1, 3)), draw(st.booleans()))
+
+
+@dataclass
+class World:
+    """One run of a case, and all that was seen of it."""
+
+    case: Case
+    made: Counter[str] = field(default_factory=Counter[str])
+    closed: Counter[str] = field(default_factory=Counter[str])
+    failures: list[BaseException] = field(default_factory=list[BaseException])
+    log: list[events.Event] = field(default_factory=list[events.Event])
+    acts: int = 0
+    cancel: Callable[[], object] = lambda: None
+    cancelled: bool = False
+    released: anyio.Event = field(
+        default_factory=anyio.Event
+    )  # ends what ignores its cancellation, once the test has seen enough
+
+    async def act(self, how: str) -> None:
+        """Behave."""
+        self.acts += 1
+        if self.acts == self.case.cancel_at:
+            self.cancelled = True
+            for _ in range(self.case.times):
+                self.cancel()
+        match how:
+            case "delay":
+                await anyio.sleep(0.1)
+            case "boom" | "interrupt":
+                self.failures.append(BoomError() if how == "boom" else Interrupt())
+                raise self.failures[-1]
+            case "hang":
+                await anyio.sleep_forever()
+            case "stubborn":
+                with CancelScope(shield=True):
+                    await self.released.wait()
+            case "late":
+                with CancelScope(shield=True):
+                    await anyio.sleep(START_TIMEOUT + 0.5)
+            case _:
+                pass
+
+
+class Part:
+    """A value with every phase."""
+
+    def __init__(self, world: World, name: str, spec: Spec) -> None:
+        self.world, self.name, self.spec = world, name, spec
+        world.made[name] += 1
+
+    async def close(self) -> None:
+        self.world.closed[self.name] += 1
+        await self.world.act(self.spec.close)
+
+    async def wait_closed(self) -> None:
+        await self.world.act(self.spec.wait_closed)
+
+    async def terminate(self) -> None:
+        await self.world.act(self.spec.terminate)
+
+
+def factory(world: World, name: str, spec: Spec) -> Callable[..., Any]:
+    """Return a factory of the spec's style."""
+
+    async def value(*_: Any) -> Part:
+        await world.act(spec.open)
+        return Part(world, name, spec)
+
+    async def generator(*_: Any) -> AsyncGenerator[Any]:
+        await world.act(spec.open)
+        world.made[name] += 1
+        yield object()
+        world.closed[name] += 1
+        await world.act(spec.close)
+
+    async def task_group(*_: Any) -> AsyncGenerator[Any]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep_forever)
+            await world.act(spec.open)
+            world.made[name] += 1
+            yield tasks
+            world.closed[name] += 1
+            tasks.cancel_scope.cancel()
+        await world.act(spec.close)
+
+    styles: dict[str, Callable[..., Any]] = {
+        "value": value,
+        "generator": generator,
+        "manager": asynccontextmanager(generator),
+        "task_group": task_group,
+    }
+    return styles[spec.style]
+
+
+def declare(world: World) -> Registry:
+    """Declare the graph."""
+    registry = Registry(
+        start_timeout=START_TIMEOUT,
+        close_timeout=CLOSE_TIMEOUT,
+        grace=GRACE,
+        on_event=world.log.append,
+    )
+    handles: list[Any] = []
+    for index, spec in enumerate(world.case.specs):
+        name = f"r{index}"
+        needs = [handles[need] for need in spec.needs]
+        after = [handles[need] for need in spec.after]
+        handles.append(
+            registry.resource(*needs, after=after, name=name)(factory(world, name, spec))
+        )
+    return registry
+
+
+async def run(world: World) -> BaseException | None:
+    """Run the graph in a caller that is cancelled as the case says; return what came out."""
+    outcome: list[BaseException] = []
+
+    async def caller() -> None:
+        try:
+            async with declare(world).lifespan():
+                await checkpoint()
+            await checkpoint()
+        except BaseException as error:
+            outcome.append(error)
+            raise
+
+    with CancelScope() as scope:
+        world.cancel = scope.cancel
+        try:
+            if world.case.by_scope or asyncio._get_running_loop() is None:
+                await caller()
+            else:
+                task = asyncio.create_task(caller())
+                world.cancel = task.cancel
+                await asyncio.gather(task, return_exceptions=True)
+        except (Interrupt, BaseExceptionGroup):
+            pass
+    return outcome[0] if outcome else None
+
+
+def assert_promises_kept(world: World, raised: BaseException | None) -> None:
+    """Hold one run against the contract."""
+    seen = [(type(event), getattr(event, "resource", "")) for event in world.log]
+    opened = [name for kind, name in seen if kind is events.Opened]
+    begun = [name for kind, name in seen if kind is events.Opening]
+    position = {entry: index for index, entry in enumerate(seen)}
+    assert len(begun) == len(set(begun))
+    assert len(opened) == len(set(opened))
+    for index, spec in enumerate(world.case.specs):
+        name = f"r{index}"
+        for parent in {f"r{need}" for need in spec.needs + spec.after}:
+            if name in begun:  # it began when its parent was open, and its parent outlived it
+                assert position[events.Opened, parent] < position[events.Opening, name]
+                over = position.get((events.Closed, name), position.get((events.OpenFailed, name)))
+                assert over is not None
+                assert over < position[events.Closing, parent]
+    closing = [name for kind, name in seen if kind is events.Closing]
+    closed = [name for kind, name in seen if kind is events.Closed]
+    assert sorted(closing) == sorted(closed) == sorted(set(closing))
+    assert set(opened) <= set(closed)
+    assert seen[-1] == (events.Stopped, "")
+    started = (events.Started, "") in seen
+    assert started == (len(opened) == len(world.case.specs)) or world.cancelled
+    if raised is None:
+        assert started
+        assert not world.failures
+    failures = [
+        event for event in world.log if isinstance(event, events.OpenFailed | events.CloseFailed)
+    ]
+    assert_told(world, raised, [event.error for event in failures if event.error is not None])
+
+
+def assert_told(world: World, raised: BaseException | None, failed: list[BaseException]) -> None:
+    """Every failure is in what was raised, or in its context."""
+    interrupts = [error for error in failed if not isinstance(error, Exception)]
+    group = raised
+    if raised is not None and not isinstance(raised, StartupError | ShutdownError):
+        group = raised.__context__
+        assert raised in interrupts or isinstance(raised, anyio.get_cancelled_exc_class())
+    told = list(leaves(group)) if isinstance(group, StartupError | ShutdownError) else []
+    expected = ExceptionGroup(
+        "", [error for error in failed if isinstance(error, Exception)] or [BoomError()]
+    )
+    assert {id(error) for error in told} == {id(error) for error in leaves(expected)} or not told
+    assert bool(told) == (len(failed) > len(interrupts))
+    if interrupts:
+        assert raised in interrupts
+    elif world.cancelled and not failed:
+        assert isinstance(raised, anyio.get_cancelled_exc_class())
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Thousands of failures are on purpose."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def check(case: Case) -> None:
+    """Run a case on both backends."""
+    for backend in ("asyncio", "trio"):
+
+        async def main() -> None:
+            world = World(case)
+            before = tasks_alive()
+            try:
+                raised = await run(world)
+                assert_promises_kept(world, raised)
+            finally:
+                world.released.set()
+            await anyio.sleep(
+                2 * (START_TIMEOUT + CLOSE_TIMEOUT)
+            )  # even the late and the stubborn end
+            assert tasks_alive() == before
+            assert world.made == world.closed
+
+        virtual_time.run(main, backend)
+
+
+quickly = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+
+
+@settings(quickly, max_examples=300)
+@given(cases())
+def test_random_graphs_keep_every_promise(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@settings(quickly, max_examples=4000, derandomize=False)
+@given(cases())
+def test_thousands_of_random_graphs_keep_every_promise(case: Case) -> None:
+    check(case)
