@@ -101,7 +101,10 @@ class Node:
         self.asked = False
         self.clean = True
         self.terminated = False  # by the owner, who left it behind
-        self.open_began = self.opened_at = self.close_began = self.closed_at = 0.0
+        self.open_began: float | None = None
+        self.opened_at: float | None = None  # or when the opening failed
+        self.close_began: float | None = None
+        self.closed_at: float | None = None
 
 
 class Engine:
@@ -172,15 +175,23 @@ class Engine:
 
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
-        times = [(n.open_began, n.opened_at) if n.opened_at else None for n in self.nodes]
+        times = [(node.open_began, node.opened_at) for node in self.nodes]
         return timeline(f"start of {self.name}", self._names, times, self.plan.parents, self.began)
 
     def stop_timeline(self) -> Timeline:
         """Return how the stop went."""
-        times = [(n.close_began, n.closed_at) if n.closed_at else None for n in self.nodes]
+        times = [(node.close_began, node.closed_at) for node in self.nodes]
         return timeline(
             f"stop of {self.name}", self._names, times, self.plan.children, self.stop_began
         )
+
+    def opened(self) -> list[str]:
+        """Return the names of what had opened."""
+        return [node.resource.name for node in self.own if node.asked]
+
+    def not_begun(self) -> list[str]:
+        """Return the names of what never began to open."""
+        return [node.resource.name for node in self.own if node.state is State.WAITING]
 
     @property
     def _names(self) -> list[str]:
@@ -259,7 +270,7 @@ class Engine:
         # The one place where a value becomes visible, before anything that needs it begins.
         self.values[node.resource] = live.value
         if self._heard:
-            seconds = node.opened_at - node.open_began
+            seconds = _between(node.open_began, node.opened_at)
             self._emit(events.Opened(self.name, node.resource.name, seconds, live.describe()))
         self._unopened -= 1
         for index in self.plan.children[node.index]:
@@ -279,7 +290,9 @@ class Engine:
     def _open_failed(self, node: Node, error: BaseException | None) -> None:
         node.state = State.CLOSING
         name = node.resource.name
-        self._emit(events.OpenFailed(self.name, name, node.opened_at - node.open_began, error))
+        self._emit(
+            events.OpenFailed(self.name, name, _between(node.open_began, node.opened_at), error)
+        )
         if node.live is not None and node.live.is_open:
             self._emit(events.Closing(self.name, name))
         if error is not None:
@@ -322,10 +335,10 @@ class Engine:
     def _ended(self, node: Node, _: None) -> None:
         node.state = State.ENDED
         node.alarm = inf
-        node.closed_at = self.now() if node.close_began else 0.0
+        node.closed_at = self.now()
         self._running -= 1
         if self._heard and node.live is not None and node.live.is_open:
-            seconds = node.closed_at - node.close_began
+            seconds = _between(node.close_began, node.closed_at)
             self._emit(events.Closed(self.name, node.resource.name, seconds, node.clean))
         node.live = None
         if self.stopping:  # else the count is made when the stop begins
@@ -378,6 +391,7 @@ class Engine:
             location=node.resource.location,
             phase=node.phase,
             seconds=node.armed_for,
+            grace=self.grace if self.stopping and node.armed_for < self._timeout(node) else None,
             stack=waiting_at(node.coroutine),
             holders=node.live.holders() if node.live is not None else (),
             abandoned=abandoned,
@@ -401,11 +415,14 @@ class Engine:
         return self.start_timeout if declared is None else declared
 
     def _close_seconds(self, node: Node) -> float:
-        declared = node.resource.options.close_timeout
-        seconds = self.close_timeout if declared is None else declared
+        seconds = self._timeout(node)
         if self.stopping:
             seconds = min(seconds, max(0.0, self.stop_began + self.grace - self.now()))
         return seconds
+
+    def _timeout(self, node: Node) -> float:
+        declared = node.resource.options.close_timeout
+        return self.close_timeout if declared is None else declared
 
     # -- a resource's own task ------------------------------------------------------------------
 
@@ -481,7 +498,7 @@ class Engine:
         # Between two attempts: what the first one made is closed, and only then forgotten.
         clean = await self._close(node, live)
         node.closing_scope.shield = False
-        node.close_began = 0.0
+        node.close_began = None
         node.live = None
         return clean and not node.scope.cancel_called
 
@@ -504,7 +521,7 @@ class Engine:
     async def _close(self, node: Node, live: Live) -> bool:
         node.cut = None
         node.closing_scope.shield = True
-        node.close_began = node.close_began or self.now()
+        node.close_began = self.now() if node.close_began is None else node.close_began
         self._arm(node, self._close_seconds(node))
         if node.state is State.ENDED:  # left behind while it opened: nobody watches its time
             node.closing_scope.deadline = self.now() + LAST_CALL
@@ -553,6 +570,10 @@ class Engine:
             )
             real.__cause__ = error
         return real
+
+
+def _between(began: float | None, ended: float | None) -> float:
+    return 0.0 if began is None or ended is None else ended - began
 
 
 async def _quietly(call: Call) -> None:

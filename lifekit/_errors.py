@@ -73,6 +73,7 @@ class DeadlineError(LifekitError, TimeoutError):
         seconds: float,
         stack: Sequence[str] = (),
         holders: Sequence[str] = (),
+        grace: float | None = None,
         abandoned: bool = False,
     ) -> None:
         self.resource = resource
@@ -82,6 +83,8 @@ class DeadlineError(LifekitError, TimeoutError):
         self.holders = tuple(holders)
         self.abandoned = abandoned
         lines = [f"{resource} ({location}): {phase} took longer than {seconds:.3g} s"]
+        if grace is not None:
+            lines[0] += f", all that was left of the shutdown's grace of {grace:.3g} s"
         if abandoned:
             lines[0] += " and ignored its cancellation: its task was left behind"
         if holders:

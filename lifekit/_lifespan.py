@@ -195,8 +195,8 @@ class Lifespan(Mapping[str, Any]):
         return StartupError.of(
             name,
             engine.open_failures,
-            opened=[node.resource.name for node in engine.own if node.asked],
-            not_begun=[node.resource.name for node in engine.own if not node.open_began],
+            opened=engine.opened(),
+            not_begun=engine.not_begun(),
             rollback=shutdown,
         )
 

@@ -8,7 +8,8 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 from ._errors import DeclarationError
-from ._graph import Plan, duplicate, plan, refuse_duplicates
+from ._graph import Plan, duplicate, refuse_duplicates
+from ._graph import plan as make_plan
 from ._lifespan import Lifespan
 from ._resource import Options, Resource, Step
 from ._stack import caller, definition
@@ -227,7 +228,7 @@ class Registry:
         """
         if app is not None:
             bind_requests(app, self.key)
-        return Lifespan(self, self._plan(), caller("starlette", "fastapi"))
+        return Lifespan(self, self.plan(), caller("starlette", "fastapi"))
 
     def __repr__(self) -> str:
         return f"<Registry {self.name!r}, {sum(1 for _ in self._resources())} resources>"
@@ -283,10 +284,15 @@ class Registry:
             else:
                 yield entry
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """Return the declarations, checked and linked.
+
+        Raises:
+            DeclarationError: A cycle, a duplicate name, or a handle of a registry not included.
+        """
         resources = tuple(dict.fromkeys(self._resources()))
         if self._planned is None or self._planned.resources != resources:
-            self._planned = plan(self.name, resources)
+            self._planned = make_plan(self.name, resources)
         return self._planned
 
     def _path_to(self, target: Registry) -> tuple[Registry, ...]:

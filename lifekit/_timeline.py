@@ -57,16 +57,20 @@ class Timeline:
 def timeline(
     title: str,
     names: Sequence[str],
-    times: Sequence[tuple[float, float] | None],
+    times: Sequence[tuple[float | None, float | None]],
     before: Sequence[Sequence[int]],
     began: float,
 ) -> Timeline:
     """Build a timeline.
 
-    *times* holds each resource's begin and end, None where it had none; *before* the positions of
+    *times* holds each resource's begin and end, None where there was none; *before* the positions of
     what each had to wait for; *began* is the time of the whole's begin, on the same clock.
     """
-    ran = {index: span for index, span in enumerate(times) if span is not None}
+    ran = {
+        index: (begin, end)
+        for index, (begin, end) in enumerate(times)
+        if begin is not None and end is not None
+    }
     critical: set[int] = set()
     latest = max(ran, key=lambda index: ran[index][1], default=None)
     while latest is not None:
