@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from . import drivers
 from ._errors import DeclarationError, LifekitError, Phase, summary
+from ._redact import redact
 from ._resource import Resource, Step
 
 Call = Callable[[], object]
@@ -77,7 +78,7 @@ class Live:
         if self.driver is None:
             return type(self.value).__name__
         try:
-            return self.driver.describe(self.value)
+            return redact(self.driver.describe(self.value))
         except Exception as error:
             return f"{type(self.value).__name__}, whose describe failed: {summary(error)}"
 
@@ -120,7 +121,7 @@ class Live:
             await self._enter(value)
 
     async def _enter(self, manager: Any) -> None:
-        kind: Any = type(manager)
+        kind = cast("Any", type(manager))
         if hasattr(kind, "__aenter__"):
             value = await kind.__aenter__(manager)
             leave: Call = partial(kind.__aexit__, manager, None, None, None)
@@ -252,7 +253,7 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
 
 
 def _has(value: object, name: str) -> bool:
-    # Asked of the type first: an object that invents attributes on demand has no `close` of its own.
+    # Not of the value: one that invents attributes on demand has no `close` of its own.
     return hasattr(type(value), name) or name in getattr(value, "__dict__", ())
 
 

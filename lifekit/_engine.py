@@ -2,8 +2,8 @@
 
 Each resource has one task, which opens it, parks, and closes it. One more task, the owner, decides:
 it starts a resource's task when all its parents are open, asks it to close when all its children
-have ended, cuts it off at its deadline, and leaves it behind when it ignores even that. A resource's
-task only reports; every change of state happens in the owner's `_turn`, which has no await in it.
+have ended, cuts it off at its deadline, and leaves it behind when it ignores even that. The task of
+a resource only reports; every change of state is made in the owner's `_turn`, which has no await.
 
 A resource goes WAITING, OPENING, OPEN, CLOSING, ENDED. One that fails goes from OPENING straight to
 CLOSING, and what never begins stays WAITING.
@@ -128,9 +128,7 @@ class Engine:
         self.start_timeout, self.close_timeout, self.grace = start_timeout, close_timeout, grace
         self.nodes = [
             Node(resource, index, sum(plan.resources[parent] not in values for parent in parents))
-            for index, (resource, parents) in enumerate(
-                zip(plan.resources, plan.parents, strict=True)
-            )
+            for index, (resource, parents) in enumerate(zip(plan.resources, plan.parents, strict=True))
         ]
         self.own = [node for node in self.nodes if node.resource not in values]
         self.ready = anyio.Event()  # all is open, or all has ended again
@@ -181,9 +179,7 @@ class Engine:
     def stop_timeline(self) -> Timeline:
         """Return how the stop went."""
         times = [(node.close_began, node.closed_at) for node in self.nodes]
-        return timeline(
-            f"stop of {self.name}", self._names, times, self.plan.children, self.stop_began
-        )
+        return timeline(f"stop of {self.name}", self._names, times, self.plan.children, self.stop_began)
 
     def opened(self) -> list[str]:
         """Return the names of what had opened."""
@@ -290,9 +286,7 @@ class Engine:
     def _open_failed(self, node: Node, error: BaseException | None) -> None:
         node.state = State.CLOSING
         name = node.resource.name
-        self._emit(
-            events.OpenFailed(self.name, name, _between(node.open_began, node.opened_at), error)
-        )
+        self._emit(events.OpenFailed(self.name, name, _between(node.open_began, node.opened_at), error))
         if node.live is not None and node.live.is_open:
             self._emit(events.Closing(self.name, name))
         if error is not None:
@@ -370,9 +364,7 @@ class Engine:
         else:
             self._close_failed(node, (node.phase, error))
             if node.phase != "terminate" and node.live is not None and node.live.terminate:
-                task = spawn(
-                    _quietly(node.live.terminate), f"lifekit {node.resource.name} terminate"
-                )
+                task = spawn(_quietly(node.live.terminate), f"lifekit {node.resource.name} terminate")
                 node.task = (node.task, task)
                 self._terminated(node, None)
         live = node.live
@@ -460,7 +452,8 @@ class Engine:
         until, seconds = node.alarm, node.armed_for
         for attempt in count(1):
             try:
-                return await self._try_to_open(node)
+                await self._try_to_open(node)
+                return
             except Exception as error:
                 # Twice as long each time, up to five seconds; anywhere in its upper half.
                 delay = min(0.1 * 2 ** (attempt - 1), 5.0) * random.uniform(0.5, 1.0)
@@ -476,9 +469,7 @@ class Engine:
                 ):
                     raise
                 node.last_error = error
-            self._emit(
-                events.Retrying(self.name, node.resource.name, attempt, delay, node.last_error)
-            )
+            self._emit(events.Retrying(self.name, node.resource.name, attempt, delay, node.last_error))
             node.armed_for = seconds
             self._arm_at(node, until)
             await anyio.sleep(delay)
@@ -533,9 +524,7 @@ class Engine:
         if live.terminate and not (clean and live.is_open) and not node.terminated:
             self._report(node, self._terminated, None)
             self._arm(node, min(LAST_CALL, self._close_seconds(node)))
-            with CancelScope(
-                shield=True, deadline=self.now() + 2 * LAST_CALL
-            ) as node.closing_scope:
+            with CancelScope(shield=True, deadline=self.now() + 2 * LAST_CALL) as node.closing_scope:
                 clean &= await self._step(node, "terminate", live.terminate)
         return clean
 
@@ -565,9 +554,7 @@ class Engine:
             cut.__cause__ = real or node.last_error
             return cut
         if error is not None and real is None and not cancelled:
-            real = LifekitError(
-                f"{node.phase} of {node.resource.name} was cancelled, not by lifekit"
-            )
+            real = LifekitError(f"{node.phase} of {node.resource.name} was cancelled, not by lifekit")
             real.__cause__ = error
         return real
 

@@ -98,9 +98,7 @@ class Lifespan(Mapping[str, Any]):
 
     def _lifespans(self) -> dict[str, Lifespan]:
         # Under these keys a request's own state leads from a handle to this lifespan.
-        return dict.fromkeys(
-            {resource.registry.key: None for resource in self._plan.resources}, self
-        )
+        return dict.fromkeys({resource.registry.key: None for resource in self._plan.resources}, self)
 
     def _why_not_open(self, resource: Resource[Any]) -> str:
         if resource not in self._plan.resources:
@@ -182,7 +180,7 @@ class Lifespan(Mapping[str, Any]):
                 if failure is not None:
                     raise failure
             except LifekitError:
-                raise interrupt
+                raise interrupt  # noqa: B904
             raise interrupt
         if failure is not None:
             raise failure

@@ -2,11 +2,10 @@
 
 import re
 
-_URL_PASSWORD = re.compile(
-    r"(?P<before>[a-z][a-z0-9+.\-]*://[^\s:/@?#]*):[^\s/?#]*@", re.IGNORECASE
-)
+_URL_PASSWORD = re.compile(r"(?P<before>[a-z][a-z0-9+.\-]*://[^\s:/@?#]*):[^\s/?#]*@", re.IGNORECASE)
 _KEY_PASSWORD = re.compile(
-    r"(?P<before>\b(?:\w*password|\w*passwd|secret|token)\s*[=:]\s*)(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|[^\s&,;)]+)",
+    r"(?P<before>\b(?:\w*password|\w*passwd|secret|token)\s*[=:]\s*)"
+    r"(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|[^\s&,;)]+)",
     re.IGNORECASE,
 )
 

@@ -166,7 +166,7 @@ class Registry:
         /,
         *more: Resource[Any],
         **options: Unpack[Declaration],
-    ) -> Declare[A, B, C, D, E, F, G, Unpack[tuple[Any, ...]]]: ...
+    ) -> Declare[A, B, C, D, E, F, G, *tuple[Any, ...]]: ...
     @overload
     def resource(self, **options: Unpack[Declaration]) -> Declare[()]: ...
     @overload
@@ -199,7 +199,7 @@ class Registry:
                     "a ready-made value can't be one, since it belongs to no lifespan: return it from "
                     "a factory instead."
                 )
-        declare: Declare[Unpack[tuple[Any, ...]]] = Declare(self, needs, options)
+        declare: Declare[*tuple[Any, ...]] = Declare(self, needs, options)
         return declare
 
     def include(self, registry: Registry) -> None:

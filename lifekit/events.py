@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ._errors import Phase, summary
 from ._timeline import Timeline
@@ -34,7 +34,7 @@ class Retrying(_ResourceEvent):
 
     attempt: int
     delay: float
-    error: BaseException
+    error: BaseException = field(repr=False)  # its text may hold a password
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class OpenFailed(_ResourceEvent):
     """An opening failed after *seconds*; *error* is None where a rollback cancelled it."""
 
     seconds: float
-    error: BaseException | None
+    error: BaseException | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class CloseFailed(_ResourceEvent):
     """One phase of a closing failed; the closing goes on with what is left of it."""
 
     phase: Phase
-    error: BaseException
+    error: BaseException = field(repr=False)  # its text may hold a password
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,9 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
     opens = st.sampled_from(("fine", "delay") if calm else ACTS)
     specs: list[Spec] = []
     for index in range(size):
-        earlier = (
-            st.lists(st.integers(0, index - 1), max_size=3, unique=True) if index else st.just([])
-        )
+        earlier = st.lists(st.integers(0, index - 1), max_size=3, unique=True) if index else st.just([])
         spec = Spec(
             style=draw(st.sampled_from(STYLES)),
             needs=tuple(draw(earlier)),
@@ -184,9 +182,7 @@ def declare(world: World) -> Registry:
         name = f"r{index}"
         needs = [handles[need] for need in spec.needs]
         after = [handles[need] for need in spec.after]
-        handles.append(
-            registry.resource(*needs, after=after, name=name)(factory(world, name, spec))
-        )
+        handles.append(registry.resource(*needs, after=after, name=name)(factory(world, name, spec)))
     return registry
 
 
@@ -288,9 +284,7 @@ def check(case: Case) -> None:
                 assert_promises_kept(world, raised)
             finally:
                 world.released.set()
-            await anyio.sleep(
-                2 * (START_TIMEOUT + CLOSE_TIMEOUT)
-            )  # even the late and the stubborn end
+            await anyio.sleep(10 * START_TIMEOUT)  # even the late and the stubborn end
             assert tasks_alive() == before
             assert world.made == world.closed
 

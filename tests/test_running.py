@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import anyio
@@ -15,10 +15,11 @@ from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 
 from lifekit import (
-    Lifespan,
     LifekitError,
+    Lifespan,
     NotOpenError,
     Registry,
+    Resource,
     StartupError,
     WrongLoopError,
     events,
@@ -52,7 +53,12 @@ class Value:
         assert anyio.get_current_task().id == self.opened_in
 
 
-def registry_of_one(**options: Any) -> tuple[Registry, Any]:
+def note_in(log: list[str]) -> Callable[[events.Event], None]:
+    """Return an on_event that notes each event's name."""
+    return lambda event: log.append(type(event).__name__)
+
+
+def registry_of_one(**options: Any) -> tuple[Registry, Resource[Value]]:
     """Return a registry with one `Value` in it, and its handle."""
     registry = Registry(**options)
 
@@ -261,7 +267,7 @@ def test_a_loop_that_ends_under_an_open_lifespan_closes_it(backend: str) -> None
 @on_asyncio
 async def test_cancelling_every_task_there_is_skips_no_closing() -> None:
     log: list[str] = []
-    registry, value = registry_of_one(on_event=lambda event: log.append(type(event).__name__))
+    registry, value = registry_of_one(on_event=note_in(log))
     live: list[Value] = []
     others = asyncio.all_tasks()
 
@@ -309,7 +315,7 @@ async def test_move_on_after_around_a_lifespan_closes_and_moves_on() -> None:
 
 async def test_an_empty_registry_starts_and_stops() -> None:
     log: list[str] = []
-    async with Registry(on_event=lambda event: log.append(type(event).__name__)).lifespan():
+    async with Registry(on_event=note_in(log)).lifespan():
         assert log == ["Started"]
     assert log == ["Started", "Stopping", "Stopped"]
 
@@ -355,6 +361,8 @@ async def test_two_thousand_lifespans_leak_no_task_descriptor_or_memory(
         if fail:
             raise ZeroDivisionError
 
+    fail = False
+
     async def cycle(times: int) -> None:
         nonlocal fail
         for turn in range(times):
@@ -367,7 +375,6 @@ async def test_two_thousand_lifespans_leak_no_task_descriptor_or_memory(
         gc.collect()
 
     monkeypatch.setattr(events.logger, "disabled", True)  # pytest keeps every line
-    fail = False
     await cycle(50)
     process, tasks = psutil.Process(), tasks_alive()
     descriptors, threads, objects = process.num_fds(), process.num_threads(), len(gc.get_objects())
@@ -387,10 +394,13 @@ async def test_the_story_is_the_same_every_time() -> None:
         def note(event: events.Event, log: list[str] = log) -> None:
             log.append(f"{type(event).__name__} {getattr(event, 'resource', '')}")
 
+        def leaf(*_: Value) -> Value:
+            return Value()
+
         registry = Registry(on_event=note)
         roots = [registry.resource(name=f"root{index}")(Value) for index in range(5)]
         for index, root in enumerate(roots):
-            registry.resource(root, roots[0], name=f"leaf{index}")(lambda *_: Value())
+            registry.resource(root, roots[0], name=f"leaf{index}")(leaf)
         async with registry.lifespan():
             pass
         stories.add(tuple(log))

@@ -64,7 +64,7 @@ _BUILT_IN = {
     "httpx.AsyncClient": "httpx",
     "httpx2.AsyncClient": "httpx",
 }
-_PACKAGES = {"asyncpg": "asyncpg", "aiopg": "aiopg", "redis": "redis", "httpx": "httpx", "httpx2": "httpx"}
+_PACKAGES = {name.partition(".")[0]: module for name, module in _BUILT_IN.items()}
 _registered: dict[type, Driver[Any]] = {}
 
 
