@@ -523,7 +523,7 @@ class Engine:
                 clean &= await self._step(node, phase, step)
         if live.terminate and not (clean and live.is_open) and not node.terminated:
             self._report(node, self._terminated, None)
-            self._arm(node, min(LAST_CALL, self._close_seconds(node)))
+            self._arm(node, min(LAST_CALL, self._timeout(node)))
             with CancelScope(shield=True, deadline=self.now() + 2 * LAST_CALL) as node.closing_scope:
                 clean &= await self._step(node, "terminate", live.terminate)
         return clean

@@ -125,7 +125,7 @@ async def test_a_value_is_gone_when_its_closing_begins() -> None:
     registry, value = registry_of_one()
     async with registry.lifespan() as lifespan:
         assert value.get() is lifespan[value] is lifespan["value"]
-        assert value in lifespan
+        assert "value" in lifespan
     with pytest.raises(NotOpenError, match="closing or closed"):
         lifespan[value]
     with pytest.raises(NotOpenError):
