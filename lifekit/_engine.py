@@ -122,6 +122,7 @@ class Engine:
         close_timeout: float,
         grace: float,
         on_event: Callable[[events.Event], object] | None,
+        on_finished: Callable[[], None],
     ) -> None:
         """Prepare a run; *values* may already hold some, which this run shares and leaves alone."""
         self.name, self.plan, self.values = name, plan, values
@@ -139,7 +140,7 @@ class Engine:
         self.interrupts: list[BaseException] = []  # what must be delivered as it is
         self.began = self.stop_began = 0.0
         self.now = clock()
-        self._on_event = on_event
+        self._on_event, self._on_finished = on_event, on_finished
         self._heard = on_event is not None or events.logger.isEnabledFor(logging.INFO)
         self._stop_asked = False
         self._unopened = len(self.own)
@@ -166,6 +167,8 @@ class Engine:
             try:
                 with CancelScope(shield=True):
                     await self.finished.wait()
+            except GeneratorExit:
+                raise
             except BaseException as error:
                 if interrupt is None or isinstance(interrupt, get_cancelled_exc_class()):
                     interrupt = error
@@ -220,6 +223,7 @@ class Engine:
             if self._heard:
                 self._emit(events.Stopped(self.name, self.stop_timeline()))
         finally:
+            self._on_finished()
             self.ready.set()
             self.finished.set()
 
@@ -230,6 +234,8 @@ class Engine:
         try:
             with CancelScope(deadline=self._next_alarm, shield=self._stop_asked):
                 await self._bell.wait()
+        except GeneratorExit:  # the loop was closed under it, and nothing can be awaited any more
+            raise
         except BaseException as error:
             self._stop_asked = True
             if not isinstance(error, get_cancelled_exc_class()):
@@ -365,7 +371,7 @@ class Engine:
             self._close_failed(node, (node.phase, error))
             if node.phase != "terminate" and node.live is not None and node.live.terminate:
                 task = spawn(_quietly(node.live.terminate), f"lifekit {node.resource.name} terminate")
-                node.task = (node.task, task)
+                node.task, node.terminated = (node.task, task), True
                 self._terminated(node, None)
         live = node.live
         self._ended(node, None)
@@ -431,6 +437,8 @@ class Engine:
                 if not node.scope.cancel_called:  # else the stop came before its first step
                     await self._open(node)
                 error = None
+            except GeneratorExit:
+                raise
             except BaseException as raised:
                 error = raised
             node.opened_at = self.now()
@@ -504,6 +512,8 @@ class Engine:
                     # the factory leaves it, at the closing.
                     with CancelScope(shield=True):
                         await node.wake.wait()
+            except GeneratorExit:
+                raise
             except BaseException as error:
                 if not isinstance(error, get_cancelled_exc_class()):
                     self.interrupts.append(error)
@@ -533,6 +543,8 @@ class Engine:
         error: BaseException | None = None
         try:
             await settle(step())
+        except GeneratorExit:
+            raise
         except BaseException as raised:
             error = raised
         reason = self._reason(node, error, cancelled=False)

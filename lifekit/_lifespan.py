@@ -63,14 +63,7 @@ class Lifespan(Mapping[str, Any]):
             if key not in self._names:
                 return self._lifespans()[key]
             key = self._names[key]
-        here = running_loop()
-        if here is not None and self.loop is not None and here is not self.loop:
-            raise WrongLoopError(
-                f"{key.name} is open in {self.loop!r}, by the lifespan at {self.location}; this code "
-                f"runs in {here!r}. Run it in that loop, or open a lifespan in this one.",
-                resource=key.name,
-                opened_at=self.location,
-            )
+        self._refuse_another_loop(key.name)
         try:
             return self.values[key]
         except KeyError:
@@ -95,6 +88,16 @@ class Lifespan(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"<Lifespan of {self.registry.name!r}, {self.location}, {len(self.values)} open>"
+
+    def _refuse_another_loop(self, name: str) -> None:
+        here = running_loop()
+        if here is not None and self.loop is not None and here is not self.loop:
+            raise WrongLoopError(
+                f"{name} is open in {self.loop!r}, by the lifespan at {self.location}; this code "
+                f"runs in {here!r}. Run it in that loop, or open a lifespan in this one.",
+                resource=name,
+                opened_at=self.location,
+            )
 
     def _lifespans(self) -> dict[str, Lifespan]:
         # Under these keys a request's own state leads from a handle to this lifespan.
@@ -135,6 +138,7 @@ class Lifespan(Mapping[str, Any]):
             close_timeout=registry.close_timeout,
             grace=registry.grace,
             on_event=registry.on_event,
+            on_finished=self._retract,
         )
         self.loop = running_loop()
         self.outer = current.get()
@@ -164,13 +168,15 @@ class Lifespan(Mapping[str, Any]):
             ShutdownError: Some closings failed; everything else was closed all the same.
         """
         assert self._engine is not None
+        self._refuse_another_loop(self.registry.name)
         self._engine.stop()
         await self._after(self._engine, error if not isinstance(error, Exception) else None)
 
     async def _after(self, engine: Engine, interrupt: BaseException | None) -> None:
         """Wait for the end, whatever comes meanwhile, and raise what has to be raised then."""
         interrupt = await engine.sit_out() or interrupt
-        self._retract()
+        if current.get() is self:  # else it is left in another context than it was entered in
+            current.set(self.outer)
         if engine.interrupts:
             interrupt = engine.interrupts[0]
         failure = self._failure(engine)
@@ -211,8 +217,6 @@ class Lifespan(Mapping[str, Any]):
                 registry.running[self.loop] = left
             else:
                 registry.running.pop(self.loop, None)
-        if current.get() is self:  # else it is left in another context than it was entered in
-            current.set(self.outer)
 
     def _registries(self) -> set[Registry]:
         return {resource.registry for resource in self._plan.resources} | {self.registry}

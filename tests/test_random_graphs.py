@@ -84,6 +84,7 @@ class World:
     case: Case
     made: Counter[str] = field(default_factory=Counter[str])
     closed: Counter[str] = field(default_factory=Counter[str])
+    terminated: Counter[str] = field(default_factory=Counter[str])
     failures: list[BaseException] = field(default_factory=list[BaseException])
     log: list[events.Event] = field(default_factory=list[events.Event])
     acts: int = 0
@@ -133,6 +134,7 @@ class Part:
         await self.world.act(self.spec.wait_closed)
 
     async def terminate(self) -> None:
+        self.world.terminated[self.name] += 1
         await self.world.act(self.spec.terminate)
 
 
@@ -287,6 +289,7 @@ def check(case: Case) -> None:
             await anyio.sleep(10 * START_TIMEOUT)  # even the late and the stubborn end
             assert tasks_alive() == before
             assert world.made == world.closed
+            assert all(times == 1 for times in world.terminated.values())
 
         virtual_time.run(main, backend)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -262,6 +264,40 @@ def test_a_loop_that_ends_under_an_open_lifespan_closes_it(backend: str) -> None
 
     anyio.run(main, backend=backend)
     assert live.pop().story == ["close", "wait_closed"]
+    assert not registry.running
+
+
+def test_a_loop_that_is_closed_under_an_open_lifespan_lets_go(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    registry, value = registry_of_one()
+    loop = asyncio.new_event_loop()
+    lifespan = registry.lifespan()
+    loop.run_until_complete(lifespan.__aenter__())
+    lifespan[value]
+    loop.close()
+    del lifespan
+    registry.running.clear()
+    logging.disable()  # asyncio says that the tasks were pending, and is right
+    gc.collect()
+    logging.disable(logging.NOTSET)
+    assert unraisable == []
+
+
+async def test_leaving_a_lifespan_in_another_loop_is_refused() -> None:
+    registry, _ = registry_of_one()
+
+    def leave_in_another_loop() -> None:
+        async def main() -> None:
+            with pytest.raises(WrongLoopError):
+                await lifespan.__aexit__(None, None, None)
+
+        asyncio.run(main())
+
+    async with registry.lifespan() as lifespan:
+        await anyio.to_thread.run_sync(leave_in_another_loop)
 
 
 @on_asyncio
