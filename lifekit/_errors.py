@@ -187,8 +187,9 @@ def summary(error: BaseException) -> str:
 
 
 def _line(name: str, location: str, error: Exception) -> str:
-    own = isinstance(error, DeadlineError | DeclarationError)  # these say the resource themselves
-    text = redact(str(error)) if own else f"{name} ({location}): {summary(error)}"
+    text = redact(str(error))
+    if not text.startswith(f"{name} ({location})"):  # else it is one of lifekit's own
+        text = f"{name} ({location}): {summary(error)}"
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
