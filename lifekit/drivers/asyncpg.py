@@ -1,0 +1,136 @@
+"""What lifekit knows about asyncpg's pools, learned from `pool.py` of asyncpg 0.29 to 0.32."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+import asyncpg
+from asyncpg import exceptions
+
+from lifekit._backend import running_loop
+from lifekit._errors import DeclarationError
+from lifekit._redact import redact
+
+from . import Driver
+from ._loans import Loans
+
+if TYPE_CHECKING:
+    Pool = asyncpg.Pool[Any]
+else:
+    Pool = asyncpg.Pool
+
+_loans = Loans("asyncpg")
+_TRANSIENT = (
+    exceptions.PostgresConnectionError,
+    exceptions.TooManyConnectionsError,
+    exceptions.AdminShutdownError,
+    exceptions.CrashShutdownError,
+    exceptions.CannotConnectNowError,
+)
+_MEND = "Return asyncpg.create_pool(...) from the factory, so that each lifespan gets its own."
+
+
+class _Noting:
+    """What the class of an open pool is mixed with, so that the pool notes who acquires."""
+
+    __slots__ = ()  # the layout must not change
+
+    async def _acquire(self, seconds: float | None) -> Any:
+        connection = await cast(Any, super())._acquire(seconds)
+        _loans.note(connection._con, _loans.here())  # its holder takes no weakref before 0.32
+        return connection
+
+
+@functools.cache
+def _noting(kind: Any) -> type[Pool]:
+    return type(kind.__name__, (_Noting, kind), {"__slots__": (), "__doc__": kind.__doc__})
+
+
+class AsyncpgDriver(Driver[Pool]):
+    """Pools of asyncpg, as `asyncpg.create_pool()` returns them, awaited or not."""
+
+    async def open(self, value: Pool) -> Pool:
+        """Open a pool that is this lifespan's own; from here on it notes who holds connections."""
+        pool: Any = value
+        if pool._loop is not running_loop():
+            raise DeclarationError(f"this asyncpg pool belongs to another event loop. {_MEND}")
+        if pool.is_closing():
+            raise DeclarationError(f"this asyncpg pool is closed already. {_MEND}")
+        with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
+            pool.__class__ = _noting(pool.__class__)
+        await pool
+        return value
+
+    async def check(self, value: Pool) -> None:
+        """Run one `SELECT 1`."""
+        await value.fetchval("SELECT 1")
+
+    def close(self, value: Pool) -> Awaitable[object]:
+        """Wait for every connection that is out, then close them all."""
+        return value.close()
+
+    def terminate(self, value: Pool) -> None:
+        """Cut every connection off, whatever state the pool is in."""
+        pool: Any = value
+        if pool._loop is not running_loop():
+            return  # `open` refused it: it is another's, or dead
+        with suppress(exceptions.InterfaceError):  # it never opened, or is still opening
+            pool.terminate()
+        pool._closed = True
+        for holder in pool._holders:
+            # A failed opening leaves connects behind, for gather() lets the others go on. From 0.32
+            # on a closed pool drops what still arrives; before, its being idle for too long does.
+            holder._max_inactive_time = 1e-9
+            if holder.is_connected():  # an interrupted close() marks the pool closed, and no more
+                holder.terminate()
+
+    def describe(self, value: Pool) -> str:
+        """Return its sizes and its server."""
+        sizes = f"{value.get_min_size()} to {value.get_max_size()}"
+        return redact(f"asyncpg pool of {sizes}, {_server(value)}")
+
+    def holders(self, value: Pool) -> Sequence[str]:
+        """Return where each connection that is out was acquired."""
+        pool: Any = value
+        return _loans.lines(holder._con for holder in pool._holders if not holder.is_idle())
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether the server is starting, stopping or full, or hung up on us."""
+        # PgBouncer says "protocol violation" whenever it refuses.
+        refused = isinstance(error, exceptions.ProtocolViolationError)
+        return isinstance(error, _TRANSIENT) and not refused
+
+    def salvage(self, error: BaseException) -> None:
+        """Terminate a pool that failed to open inside a factory: before 0.32 nobody else does."""
+        for frame, _ in walk_tb(error.__traceback__):
+            if frame.f_code is Pool._async__init__.__code__:  # type: ignore[attr-defined]
+                self.terminate(frame.f_locals["self"])
+
+
+def _server(pool: Any) -> str:
+    """Return where a pool connects to: its DSN, and the arguments that win over it."""
+    given = dict(pool._connect_kwargs)
+    try:
+        url = urlsplit(pool._connect_args[0] or "" if pool._connect_args else "")
+    except ValueError:
+        return "a malformed DSN"
+    if "@" in url.path + url.query + url.fragment:
+        return "a malformed DSN"  # an unquoted password goes on there
+    login, _, address = url.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    hosts = given.get("host") or address
+    host = hosts if isinstance(hosts, str) else ",".join(hosts)
+    user, database = given.get("user") or user, given.get("database") or url.path[1:]
+    if not (host or user or database):
+        return "the server that PGHOST names"
+    secret = ":***" if given.get("password") or password else ""
+    port = f":{given['port']}" if given.get("port") else ""
+    return f"postgresql://{user}{secret}{'@' if user else ''}{host}{port}/{database}"
+
+
+driver = AsyncpgDriver()

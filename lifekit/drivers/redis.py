@@ -1,0 +1,156 @@
+"""What lifekit knows about redis.asyncio's clients, from redis-py 8.1 and 5.0."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from typing import Any
+
+from redis import exceptions
+from redis.asyncio import Redis, RedisCluster, SSLConnection
+
+from lifekit._backend import running_loop
+from lifekit._errors import DeclarationError
+from lifekit._redact import redact
+
+from . import Driver
+
+Client = Redis | RedisCluster
+
+_TRANSIENT = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ClusterDownError,
+    exceptions.TryAgainError,
+)
+_PERMANENT = (  # they derive from ConnectionError, or hide behind one
+    exceptions.AuthenticationError,
+    exceptions.AuthorizationError,
+    exceptions.MaxConnectionsError,
+    ssl.SSLCertVerificationError,
+)
+_MEND = "Make the client in the factory, so that each lifespan gets its own."
+
+
+class RedisDriver(Driver[Client]):
+    """Clients of redis.asyncio, of one server and of a cluster."""
+
+    async def open(self, value: Client) -> Client:
+        """Take a client that works in no other loop; one of a cluster learns its nodes."""
+        client: Any = value
+        if not _is_here(client):
+            raise DeclarationError(f"this redis client is connected in another event loop. {_MEND}")
+        if isinstance(value, RedisCluster):
+            if not client.nodes_manager.startup_nodes:  # as `_seal` leaves it
+                raise DeclarationError(f"this redis cluster client is closed already. {_MEND}")
+            await client.initialize()
+        else:
+            pool = client.connection_pool
+            for connection in _connections(client):  # undoes `_seal`
+                connection.redis_connect_func = pool.connection_kwargs.get("redis_connect_func")
+        return value
+
+    async def check(self, value: Client) -> None:
+        """Send a PING, in a cluster to each node."""
+        client: Any = value
+        await client.ping()
+
+    async def close(self, value: Client) -> None:
+        """Close the client with its pool, even if that was made apart and given to it."""
+        client: Any = value
+        connections = _seal(client)
+        if isinstance(value, RedisCluster):
+            await client.aclose()
+        else:
+            await client.aclose(close_connection_pool=True)
+        # RedisCluster.aclose() does nothing while the client means to look at the nodes again.
+        _cut(connections)
+
+    def terminate(self, value: Client) -> None:
+        """Abort every connection, idle or in use."""
+        client: Any = value
+        if not _is_here(client):
+            return  # `open` refused it: it is another's
+        _cut(_seal(client))
+        if isinstance(value, RedisCluster):
+            client._initialize = True  # its mark of being closed, for which `__del__` looks
+        else:
+            client.connection = None  # the only one of `single_connection_client`: likewise
+
+    def describe(self, value: Client) -> str:
+        """Return where it connects to."""
+        return redact(_description(value))
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether the server is starting, stopping or full, or a cluster is forming."""
+        if isinstance(error, exceptions.RedisClusterException):
+            if error.__cause__ is not None:
+                return self.transient(error.__cause__)
+            return "slots are not covered" in str(error)
+        if isinstance(error, _PERMANENT) or isinstance(error.__context__, _PERMANENT):
+            return False
+        return isinstance(error, _TRANSIENT)
+
+
+def _connections(client: Any) -> Sequence[Any]:
+    if isinstance(client, RedisCluster):
+        manager = client.nodes_manager
+        # A node may stand in both as two objects, each with connections of its own.
+        nodes: Any = [*manager.startup_nodes.values(), *manager.nodes_cache.values()]
+        return list({connection for node in nodes for connection in node._connections})
+    pool = client.connection_pool
+    return [*pool._available_connections, *pool._in_use_connections]
+
+
+def _is_here(client: Any) -> bool:
+    loop = running_loop()
+    writers = (connection._writer for connection in _connections(client))
+    return all(writer is None or writer._loop is loop for writer in writers)
+
+
+def _seal(client: Any) -> Sequence[Any]:
+    """Keep what is under way from connecting again, and return all connections.
+
+    A command that loses its connection is sent again over a new one, up to ten times, and PubSub
+    reconnects in any case: either would outlive the closing.
+    """
+    connections = _connections(client)
+    if isinstance(client, RedisCluster):
+        client.nodes_manager.startup_nodes.clear()
+        busy: Sequence[Any] = connections
+    else:
+        busy = list(client.connection_pool._in_use_connections)
+    for connection in busy:
+        connection.retry._retries = 0
+        connection.redis_connect_func = _refuse
+    return connections
+
+
+async def _refuse(_: object) -> None:
+    raise exceptions.ConnectionError("the client is closed")
+
+
+def _cut(connections: Sequence[Any]) -> None:
+    for connection in connections:
+        if connection._writer is not None:
+            connection._writer.transport.abort()
+        connection._reader = connection._writer = None
+
+
+def _description(client: Any) -> str:
+    if isinstance(client, RedisCluster):
+        nodes = {**client.nodes_manager.startup_nodes, **client.nodes_manager.nodes_cache}
+        return f"redis cluster client, redis://{','.join(nodes)}"
+    pool = client.connection_pool
+    if hasattr(pool, "service_name"):
+        return f"redis client, sentinel service {pool.service_name}"
+    given: dict[str, Any] = pool.connection_kwargs
+    if "path" in given:
+        return f"redis client, unix://{given['path']}?db={given.get('db') or 0}"
+    scheme = "rediss" if issubclass(pool.connection_class, SSLConnection) else "redis"
+    login = f"{given.get('username') or ''}{':***' if given.get('password') else ''}"
+    host, port = given.get("host", "localhost"), given.get("port", 6379)
+    return f"redis client, {scheme}://{login}{login and '@'}{host}:{port}/{given.get('db') or 0}"
+
+
+driver = RedisDriver()

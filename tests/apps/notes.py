@@ -1,0 +1,36 @@
+"""What an application tells the test that started it, and the other way round, by files.
+
+The application writes lines to the file that NOTES names; empty files beside it are the answers.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anyio
+
+from lifekit.events import Event, OpenFailed
+
+NOTES = Path(os.environ["NOTES"])
+POLL_SECONDS = 0.01
+
+
+def note(line: str) -> None:
+    """Write a line."""
+    with NOTES.open("a") as file:
+        file.write(f"{line}\n")
+
+
+def note_event(event: Event) -> None:
+    """Write an event as its type and its resource."""
+    words = [type(event).__name__, getattr(event, "resource", "")]
+    if isinstance(event, OpenFailed) and event.error is None:
+        words.append("cancelled")
+    note(" ".join(filter(None, words)))
+
+
+async def told(answer: str = "go") -> None:
+    """Wait for the file that is named like the *answer*."""
+    while not NOTES.with_name(answer).exists():  # noqa: ASYNC110
+        await anyio.sleep(POLL_SECONDS)

@@ -1,0 +1,1 @@
+"""What lifekit costs, as ratios against a floor measured in the same run: `make bench`."""

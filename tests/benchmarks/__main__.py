@@ -1,0 +1,63 @@
+"""`python -m tests.benchmarks [--check] [name ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import NamedTuple
+
+from .access import get, request
+from .footprint import imports, memory
+from .measure import Row, table
+from .start_stop import critical_path, growth, many
+
+
+class Benchmark(NamedTuple):
+    """One comparison, in full, and so small that it only shows that it runs."""
+
+    full: Callable[[], list[Row]]
+    tiny: Callable[[], list[Row]]
+
+
+BENCHMARKS = {
+    "critical-path": Benchmark(
+        critical_path, partial(critical_path, rounds=1, count=4, depth=2, seconds=0.001)
+    ),
+    "many": Benchmark(many, partial(many, rounds=1, count=5)),
+    "growth": Benchmark(growth, partial(growth, rounds=1, small=2, big=4)),
+    "get": Benchmark(get, partial(get, rounds=1, times=10)),
+    "import": Benchmark(imports, partial(imports, rounds=1)),
+    "memory": Benchmark(memory, partial(memory, rounds=1, count=5)),
+    "request": Benchmark(request, partial(request, rounds=1, times=2)),
+}
+"""By name, in the order they run: what makes the heap bigger comes last."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks named, or all, print their table, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHMARKS))
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
+    parser.add_argument("--tiny", action="store_true", help="only show that all of them run")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in BENCHMARKS]:
+        parser.error(f"no benchmark called {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    rows: list[Row] = []
+    for name, benchmark in BENCHMARKS.items():
+        if name in (options.names or BENCHMARKS):
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            rows += benchmark.tiny() if options.tiny else benchmark.full()
+    packages = " ".join(
+        f"{each} {version(each)}" for each in ("anyio", "fastapi", "uvloop", "trio")
+    )
+    print(f"Python {platform.python_version()} {packages}\n\n{table(rows)}")
+    missed = [row.what for row in rows if not row.met]
+    return 1 if options.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
