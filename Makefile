@@ -38,7 +38,7 @@ format: $(READY)  ## Mend style and format where that can be done by itself
 types: $(READY)  ## Check types with mypy and pyright, and that all public names have one
 	@$(BIN)/mypy
 	@$(BIN)/pyright
-	@$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes lifekit --ignoreexternal
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes lifekit --ignoreexternal
 
 bench: $(READY)  ## Measure what lifekit costs
 	@$(BIN)/python -m tests.benchmarks

@@ -186,10 +186,9 @@ class Live:
         return method  # type: ignore[no-any-return]
 
     def _method(self, name: str) -> Call | None:
-        value = self.value
-        if isinstance(value, type) or not _has(value, name):
+        if not _has(self.value, name):
             return None
-        method = getattr(value, name)
+        method = getattr(self.value, name)
         if not callable(method):
             problem = f"a value whose {name} is {type(method).__name__}, not a method"
         elif not _takes_nothing(method):
@@ -254,6 +253,9 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
 
 def _has(value: object, name: str) -> bool:
     # Not of the value: one that invents attributes on demand has no `close` of its own.
+    # A class that is itself the value has what its instances have, and can't be called for it.
+    if isinstance(value, type):
+        return False
     return hasattr(type(value), name) or name in getattr(value, "__dict__", ())
 
 

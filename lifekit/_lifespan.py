@@ -7,10 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from ._backend import running_loop
-from ._errors import LifekitError, NotOpenError, ShutdownError, StartupError, WrongLoopError
+from ._errors import LifekitError, NotOpenError, ShutdownError, StartupError
 from ._graph import Plan
 from ._resource import Resource
-from ._running import current
+from ._running import current, wrong_loop
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -40,7 +40,6 @@ class Lifespan(Mapping[str, Any]):
         self.location = location
         self.values: dict[Resource[Any], Any] = dict(shared or ())  # type: ignore[assignment]
         self.loop: object | None = None
-        self.outer: Lifespan | None = None
         self._plan = plan
         self._names = {resource.name: resource for resource in plan.resources}
         self._engine: Engine | None = None
@@ -92,12 +91,7 @@ class Lifespan(Mapping[str, Any]):
     def _refuse_another_loop(self, name: str) -> None:
         here = running_loop()
         if here is not None and self.loop is not None and here is not self.loop:
-            raise WrongLoopError(
-                f"{name} is open in {self.loop!r}, by the lifespan at {self.location}; this code "
-                f"runs in {here!r}. Run it in that loop, or open a lifespan in this one.",
-                resource=name,
-                opened_at=self.location,
-            )
+            raise wrong_loop(name, self, here)
 
     def _lifespans(self) -> dict[str, Lifespan]:
         # Under these keys a request's own state leads from a handle to this lifespan.
@@ -141,8 +135,7 @@ class Lifespan(Mapping[str, Any]):
             on_finished=self._retract,
         )
         self.loop = running_loop()
-        self.outer = current.get()
-        current.set(self)
+        current.set((self, *current.get()))
         self._publish()
         engine.start()
         try:
@@ -175,8 +168,8 @@ class Lifespan(Mapping[str, Any]):
     async def _after(self, engine: Engine, interrupt: BaseException | None) -> None:
         """Wait for the end, whatever comes meanwhile, and raise what has to be raised then."""
         interrupt = await engine.sit_out() or interrupt
-        if current.get() is self:  # else it is left in another context than it was entered in
-            current.set(self.outer)
+        # In another context than it was entered in there is nothing of it to take out.
+        current.set(tuple(each for each in current.get() if each is not self))
         if engine.interrupts:
             interrupt = engine.interrupts[0]
         failure = self._failure(engine)

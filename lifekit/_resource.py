@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
+from asyncio import _get_running_loop
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -76,10 +76,10 @@ class Resource(Generic[T_co]):
             NotOpenError: No lifespan has opened it.
             WrongLoopError: It is open in another event loop.
         """
-        lifespan = current.get()
-        if lifespan is not None and lifespan.loop is asyncio._get_running_loop():
+        lifespans = current.get()
+        if lifespans and lifespans[0].loop is _get_running_loop():
             try:
-                return lifespan.values[self]  # type: ignore[no-any-return]
+                return lifespans[0].values[self]  # type: ignore[no-any-return]
             except KeyError:
                 pass
         return find(self)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-current: ContextVar[Lifespan | None] = ContextVar("lifekit.current", default=None)
-"""The innermost lifespan of this context; its ``outer`` is the next one."""
+current: ContextVar[tuple[Lifespan, ...]] = ContextVar("lifekit.current", default=())
+"""The lifespans of this context, the innermost first."""
 
 
 def find(resource: Resource[T]) -> T:
@@ -38,14 +38,36 @@ def find(resource: Resource[T]) -> T:
         others = [each for many in resource.registry.running.values() for each in many]
         elsewhere = next((each for each in others if resource in each.values), None)
     if elsewhere is None:
+        if here is None:
+            return _find_from_thread(resource)
         raise _not_open(resource, here)
-    raise WrongLoopError(
-        f"{resource.name} is open in another event loop. It was opened in {elsewhere.loop!r} by the "
-        f"lifespan at {elsewhere.location}; this code runs in {here!r}. A connection belongs to the "
-        "loop that opened it: run this code in that loop, or open a lifespan in this one.",
-        resource=resource.name,
-        opened_at=elsewhere.location,
+    raise wrong_loop(resource.name, elsewhere, here)
+
+
+def wrong_loop(name: str, lifespan: Lifespan, here: object) -> WrongLoopError:
+    """Return the error for code that runs in the loop *here* and means *lifespan*'s."""
+    return WrongLoopError(
+        f"{name} was opened in {_loop_name(lifespan.loop)}, by the lifespan at {lifespan.location}; "
+        f"this code runs in {_loop_name(here)}. A connection belongs to the loop that opened it: run "
+        "this code in that loop, or open a lifespan in this one.",
+        resource=name,
+        opened_at=lifespan.location,
     )
+
+
+def _loop_name(loop: object) -> str:
+    return f"{type(loop).__name__} {id(loop):#x}"
+
+
+def _find_from_thread(resource: Resource[T]) -> T:
+    # A worker thread whose context knows no lifespan, for that was entered in a task of its own:
+    # the loop that started the thread knows.
+    from anyio import from_thread
+
+    try:
+        return from_thread.run_sync(find, resource)
+    except RuntimeError:  # no worker thread of AnyIO's
+        raise _not_open(resource, None) from None
 
 
 def find_for(resource: Resource[T], scope: MutableMapping[str, Any]) -> T:
@@ -63,10 +85,7 @@ def find_for(resource: Resource[T], scope: MutableMapping[str, Any]) -> T:
 
 
 def _candidates(resource: Resource[Any], here: object | None) -> Iterator[Lifespan]:
-    lifespan = current.get()
-    while lifespan is not None:
-        yield lifespan
-        lifespan = lifespan.outer
+    yield from current.get()
     if here is not None:
         yield from reversed(resource.registry.running.get(here, ()))
 

@@ -64,7 +64,7 @@ class RequestContext:
         lifespan = scope.get("state", {}).get(self.key) if scope["type"] != "lifespan" else None
         if lifespan is None:
             return await self.app(scope, receive, send)
-        token = current.set(lifespan)
+        token = current.set((lifespan, *current.get()))
         try:
             return await self.app(scope, receive, send)
         finally:
@@ -74,13 +74,15 @@ class RequestContext:
 def bind_requests(app: Any, key: str) -> None:
     """Put a `RequestContext` around a Starlette application whose lifespan begins; once is enough.
 
-    Its middleware is built by then, and the lifespan is the only thing that the user names.
+    Its middleware is built by then, unless the lifespan is entered by hand; and the lifespan is the
+    only thing that the user names.
     """
-    stack = getattr(app, "middleware_stack", None)
+    if not hasattr(app, "build_middleware_stack"):
+        return
+    stack = app.middleware_stack or app.build_middleware_stack()
     layer = stack
     while isinstance(layer, RequestContext):
         if layer.key == key:
             return
         layer = layer.app
-    if stack is not None:
-        app.middleware_stack = RequestContext(stack, key)
+    app.middleware_stack = RequestContext(stack, key)

@@ -13,7 +13,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from lifekit import Driver, LifekitError, Registry, ShutdownError, StartupError, drivers, events
+from lifekit import Driver, Registry, ShutdownError, StartupError, drivers, events
 
 from .virtual_time import run
 
@@ -158,6 +158,13 @@ async def failures_of(make: Callable[[], Any], **options: Any) -> list[str]:
     return [str(error) for _, error in caught.value.failures]
 
 
+def failing(kind: type[Value], *fails: str) -> Value:
+    """Return a value of *kind* on which the calls named in *fails* fail."""
+    value = kind()
+    value.fails = fails
+    return value
+
+
 def kind_of(*abilities: type[Value]) -> type[Value]:
     """Return a class that has all of *abilities*."""
     # One that another one implies by inheritance would have no place of its own.
@@ -187,6 +194,11 @@ async def note_declared(value: Value) -> None:
     """A declared step that is async."""
     await checkpoint()
     value.note("declared")
+
+
+def note_waited(value: Value) -> None:
+    """A declared step that is sync."""
+    value.note("waited")
 
 
 class Declared(Value):
@@ -223,20 +235,8 @@ async def test_a_declared_step_wins_over_every_rule(
 
 
 async def test_declared_close_and_wait_closed_run_in_this_order() -> None:
-    value = await opened_and_closed(
-        Driven, wait_closed=lambda value: value.note("waited"), close=lambda value: value.note("closed")
-    )
-    assert value.log == [*OPENED_BY_DRIVER, "closed", "waited"]
-
-
-async def test_a_declared_terminate_alone_leaves_the_closing_to_the_rules() -> None:
-    def make() -> Driven:
-        value = Driven()
-        value.fails = ("driver close",)
-        return value
-
-    assert (await opened_and_closed(Driven, terminate="no matter")).log == []
-    raise AssertionError(make)
+    value = await opened_and_closed(Driven, wait_closed=note_waited, close=note_declared)
+    assert value.log == [*OPENED_BY_DRIVER, "declared", "waited"]
 
 
 # -- values of real libraries ----------------------------------------------------------------------
@@ -261,21 +261,6 @@ async def test_a_connection_whose_context_is_a_transaction_is_closed_and_not_ent
         connection.execute("SELECT 1")
 
 
-async def test_a_stream_is_closed_by_its_aclose() -> None:
-    closed: list[str] = []
-
-    class Stream(anyio.streams.memory.MemoryObjectSendStream[int]):
-        async def aclose(self) -> None:
-            closed.append("aclose")
-            await super().aclose()
-
-    send, receive = anyio.create_memory_object_stream[int]()
-    await opened_and_closed(lambda: Stream(send._state))  # pyright: ignore[reportPrivateUsage]
-    assert closed == ["aclose"]
-    send.close()
-    receive.close()
-
-
 # -- where the closing is looked for ---------------------------------------------------------------
 
 
@@ -298,14 +283,15 @@ class Inventor:
         return invented
 
 
-class SlottedInventor(Inventor):
+class SlottedInventor:
     """The same, with no dict of its own."""
 
     __slots__ = ()
+    __getattr__ = Inventor.__getattr__
 
 
 @pytest.mark.parametrize("kind", [Inventor, SlottedInventor])
-async def test_an_object_that_invents_attributes_is_not_closed_by_one(kind: type[Inventor]) -> None:
+async def test_an_object_that_invents_attributes_is_not_closed_by_one(kind: type[Any]) -> None:
     assert isinstance(await opened_and_closed(kind), kind)
 
 
@@ -322,11 +308,9 @@ async def test_what_has_no_closing_is_left_alone(value: object) -> None:
 # -- drivers ---------------------------------------------------------------------------------------
 
 
-class Derived(Driven):
-    """A value whose nearest base with a driver is `Driven`, and then itself."""
-
-
 async def test_the_driver_of_the_nearest_base_decides() -> None:
+    class Derived(Driven): ...
+
     class Nearer(NotingDriver):
         def close(self, value: Driven) -> None:
             value.note("nearer close")
@@ -360,31 +344,426 @@ async def test_a_driver_may_open_another_value_than_it_was_given() -> None:
 
 
 async def test_a_declared_check_stands_in_for_the_drivers() -> None:
-    value = await opened_and_closed(Driven, check=lambda value: value.note("declared check"))
-    assert value.log == ["driver open", "declared check", "driver close", "driver wait_closed"]
+    value = await opened_and_closed(Driven, check=note_declared)
+    assert value.log == ["driver open", "declared", "driver close", "driver wait_closed"]
 
 
 async def test_what_its_driver_fails_to_open_is_terminated_and_not_closed() -> None:
-    values: list[Driven] = []
-
-    def make() -> Driven:
-        values.append(Driven())
-        values[0].fails = ("driver open",)
-        return values[0]
-
+    value = failing(Driven, "driver open")
     with pytest.raises(StartupError):
-        await opened_and_closed(make)
-    assert values[0].log == ["driver open", "driver terminate"]
+        await opened_and_closed(lambda: value)
+    assert value.log == ["driver open", "driver terminate"]
 
 
 async def test_what_fails_its_check_is_closed() -> None:
-    values: list[Driven] = []
-
-    def make() -> Driven:
-        values.append(Driven())
-        values[0].fails = ("driver check",)
-        return values[0]
-
+    value = failing(Driven, "driver check")
     with pytest.raises(StartupError):
-        await opened_and_closed(make)
-    assert values[0].log == [*OPENED_BY_DRIVER, "driver close", "driver wait_closed"]
+        await opened_and_closed(lambda: value)
+    assert value.log == [*OPENED_BY_DRIVER, "driver close", "driver wait_closed"]
+
+
+# -- what comes when a closing fails ---------------------------------------------------------------
+
+
+class WithAll(WithCloseAndWait, WithTerminate):
+    """A value that is closed in two phases and can be cut off."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "fails", "story"),
+    [
+        (WithAll, [], ["close", "wait_closed"]),
+        (WithAll, ["close"], ["close", "terminate"]),
+        (WithAll, ["wait_closed"], ["close", "wait_closed", "terminate"]),
+        (WithAll, ["close", "terminate"], ["close", "terminate"]),
+        (WithCloseAndWait, ["close"], ["close"]),
+        (WithCloseAndWait, ["wait_closed"], ["close", "wait_closed"]),
+        (kind_of(WithAclose, WithTerminate), ["aclose"], ["aclose", "terminate"]),
+        (Driven, ["driver close"], [*OPENED_BY_DRIVER, "driver close", "driver terminate"]),
+        (
+            Driven,
+            ["driver wait_closed"],
+            [*OPENED_BY_DRIVER, "driver close", "driver wait_closed", "driver terminate"],
+        ),
+    ],
+)
+async def test_after_a_failed_step_only_terminate_is_called_and_all_failures_come_out(
+    kind: type[Value], fails: list[str], story: list[str]
+) -> None:
+    value = failing(kind, *fails)
+    if fails:
+        assert await failures_of(lambda: value) == fails
+    else:
+        await opened_and_closed(lambda: value)
+    assert value.log == story
+
+
+@pytest.mark.parametrize("how", ["shut", "shut_later", Declared.shut, note_declared])
+@pytest.mark.parametrize("kind", [Declared, kind_of(Declared, WithTerminate)])
+async def test_a_declared_terminate_wins_over_the_values_own(kind: type[Value], how: Any) -> None:
+    value = failing(kind_of(kind, WithClose), "close")
+    assert await failures_of(lambda: value, terminate=how) == ["close"]
+    assert value.log == ["close", "declared"]
+
+
+async def test_a_declared_terminate_wins_over_the_drivers_and_leaves_its_closing() -> None:
+    value = failing(Driven, "driver close")
+    assert await failures_of(lambda: value, terminate=note_declared) == ["driver close"]
+    assert value.log == [*OPENED_BY_DRIVER, "driver close", "declared"]
+
+
+async def test_a_declared_close_that_fails_leaves_the_terminate_to_the_rules() -> None:
+    value = failing(kind_of(Declared, WithAll), "declared")
+    failures = await failures_of(lambda: value, close="shut", wait_closed="wait_closed")
+    assert failures == ["declared"]
+    assert value.log == ["declared", "terminate"]
+
+
+async def test_a_failed_closing_names_its_phase_and_the_closing_before_it_goes_on() -> None:
+    heard: list[tuple[str, ...]] = []
+
+    def hear(event: events.Event) -> None:
+        if isinstance(event, events.CloseFailed):
+            heard.append((event.resource, event.phase))
+        elif isinstance(event, events.Terminated):
+            heard.append((event.resource, "terminated"))
+        elif isinstance(event, events.Closed):
+            heard.append((event.resource, "clean" if event.clean else "not clean"))
+
+    registry = Registry(on_event=hear)
+    below, above = failing(WithAll, "wait_closed", "terminate"), failing(WithAll, "close")
+    base = registry.resource(name="below")(lambda: below)
+    registry.resource(name="above", after=[base])(lambda: above)
+    with pytest.raises(ShutdownError) as caught:
+        async with registry.lifespan():
+            pass
+    assert heard == [
+        ("above", "close"),
+        ("above", "terminated"),
+        ("above", "not clean"),
+        ("below", "wait_closed"),
+        ("below", "terminated"),
+        ("below", "terminate"),
+        ("below", "not clean"),
+    ]
+    assert [name for name, _ in caught.value.failures] == ["above", "below", "below"]
+    assert (below.log, above.log) == (
+        ["close", "wait_closed", "terminate"],
+        ["close", "terminate"],
+    )
+
+
+async def test_a_value_with_a_terminate_alone_is_not_cut_off_at_an_ordinary_end() -> None:
+    assert (await opened_and_closed(WithTerminate)).log == []
+
+
+# -- generators and context managers carry their own closing ---------------------------------------
+
+
+def as_generator(value: Value) -> Callable[[], Any]:
+    """Return a factory that yields *value*."""
+
+    def factory() -> Generator[Value]:
+        yield value
+        value.note("end")
+
+    return factory
+
+
+def as_async_generator(value: Value) -> Callable[[], Any]:
+    """Return an async factory that yields *value*."""
+
+    async def factory() -> AsyncGenerator[Value]:
+        yield value
+        await checkpoint()
+        value.note("end")
+
+    return factory
+
+
+def as_manager(value: Value) -> Callable[[], Any]:
+    """Return a factory that returns a context manager around *value*."""
+    return contextmanager(as_generator(value))
+
+
+def as_async_manager(value: Value) -> Callable[[], Any]:
+    """Return a factory that returns an async context manager around *value*."""
+    return asynccontextmanager(as_async_generator(value))
+
+
+def as_manager_later(value: Value) -> Callable[[], Any]:
+    """Return an async factory that returns an async context manager around *value*."""
+
+    async def factory() -> Any:
+        return as_async_manager(value)()
+
+    return factory
+
+
+def as_object(value: Value) -> Callable[[], Any]:
+    """Return a factory that returns an object of a class with ``__aenter__``."""
+
+    class Manager:
+        async def __aenter__(self) -> Value:
+            await checkpoint()
+            return value
+
+        async def __aexit__(self, *exc: object) -> None:
+            await checkpoint()
+            assert exc == LEFT
+            value.note("end")
+
+    return Manager
+
+
+CARRIERS = [as_generator, as_async_generator, as_manager, as_async_manager, as_manager_later]
+carried = pytest.mark.parametrize("carry", CARRIERS)
+
+
+@pytest.mark.parametrize("carry", [*CARRIERS, as_object])
+async def test_what_is_yielded_or_entered_is_the_value_and_its_end_the_closing(carry: Any) -> None:
+    value = kind_of(WithCloseAndWait, WithAclose, AsyncEntered, WithTerminate)()
+    assert await opened_and_closed(carry(value)) is value
+    assert value.log == ["end"]
+
+
+@pytest.mark.parametrize("carry", [*CARRIERS, as_object])
+async def test_a_driven_value_that_is_yielded_is_checked_and_not_closed_by_its_driver(
+    carry: Any,
+) -> None:
+    value = Driven()
+    await opened_and_closed(carry(value))
+    assert value.log == ["driver check", "end"]
+
+
+@carried
+@pytest.mark.parametrize("how", ["shut", "shut_later", note_declared])
+async def test_a_declared_close_runs_before_the_end(carry: Any, how: Any) -> None:
+    value = Declared()
+    await opened_and_closed(carry(value), close=how)
+    assert value.log == ["declared", "end"]
+
+
+@carried
+async def test_the_end_comes_also_after_a_declared_close_that_failed(carry: Any) -> None:
+    value = failing(kind_of(Declared, WithTerminate), "declared")
+    failures = await failures_of(carry(value), close="shut", wait_closed=note_waited)
+    assert failures == ["declared"]
+    assert value.log == ["declared", "end", "terminate"]
+
+
+@carried
+async def test_an_end_that_fails_is_followed_by_the_terminate(carry: Any) -> None:
+    value = failing(WithTerminate, "end")
+    assert await failures_of(carry(value)) == ["end"]
+    assert value.log == ["end", "terminate"]
+
+
+@carried
+async def test_the_end_comes_also_when_the_check_fails(carry: Any) -> None:
+    value = failing(Driven, "driver check")
+    with pytest.raises(StartupError):
+        await opened_and_closed(carry(value))
+    assert value.log == ["driver check", "end"]
+
+
+async def test_closing_and_aclosing_of_the_standard_library_do_what_they_say() -> None:
+    with_close, with_aclose = WithClose(), WithAclose()
+    assert await opened_and_closed(lambda: closing(with_close)) is with_close
+    assert await opened_and_closed(lambda: aclosing(with_aclose)) is with_aclose
+    assert (with_close.log, with_aclose.log) == (["close"], ["aclose"])
+
+
+async def test_an_iterator_that_is_no_generator_is_a_value() -> None:
+    iterator: Iterator[int] = iter([1, 2])
+    assert await opened_and_closed(lambda: iterator) is iterator
+    assert list(iterator) == [1, 2]
+
+
+# -- scopes held open across the yield -------------------------------------------------------------
+
+
+def held_open(scope: Callable[[], Any], log: list[int]) -> Callable[[], AsyncGenerator[Any]]:
+    """Return a factory that yields inside of *scope*, and notes the tasks it runs in."""
+
+    async def factory() -> AsyncGenerator[Any]:
+        log.append(anyio.get_current_task().id)
+        async with scope() as held:
+            yield held
+            await checkpoint()
+            log.append(anyio.get_current_task().id)
+        log.append(anyio.get_current_task().id)
+
+    return factory
+
+
+@asynccontextmanager
+async def cancel_scope() -> AsyncGenerator[anyio.CancelScope]:
+    with anyio.CancelScope() as scope:
+        yield scope
+
+
+@asynccontextmanager
+async def fail_after() -> AsyncGenerator[anyio.CancelScope]:
+    with anyio.fail_after(60) as scope:
+        yield scope
+
+
+async def check_that_it_holds(scope: Callable[[], Any]) -> None:
+    log: list[int] = []
+    registry = Registry()
+    inner = registry.resource(name="inner")(held_open(scope, log))
+    registry.resource(name="outer", after=[inner])(held_open(scope, log))
+    lifespan = registry.lifespan()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lifespan.__aenter__)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lifespan.__aexit__, None, None, None)
+    first, second = log[:2]
+    assert first != second
+    assert log == [first, second, second, second, first, first]
+
+
+@pytest.mark.parametrize("scope", [anyio.create_task_group, cancel_scope, fail_after])
+async def test_a_scope_held_open_across_the_yield_is_left_in_its_task(
+    scope: Callable[[], Any],
+) -> None:
+    await check_that_it_holds(scope)
+
+
+@on_asyncio
+@pytest.mark.parametrize("scope", [asyncio.TaskGroup, lambda: asyncio.timeout(60)])
+async def test_a_scope_of_asyncio_held_open_across_the_yield_is_left_in_its_task(
+    scope: Callable[[], Any],
+) -> None:
+    await check_that_it_holds(scope)
+
+
+async def test_children_of_a_held_task_group_run_as_long_as_the_lifespan() -> None:
+    registry = Registry()
+    ticked, stop = anyio.Event(), anyio.Event()
+    log: list[str] = []
+
+    @registry.resource
+    async def worker() -> AsyncGenerator[None]:
+        async def child() -> None:
+            await checkpoint()
+            ticked.set()
+            await stop.wait()
+            log.append("child ended")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(child)
+            yield
+            stop.set()
+        log.append("group left")
+
+    async with registry.lifespan():
+        await ticked.wait()
+        assert log == []
+    assert log == ["child ended", "group left"]
+
+
+async def test_a_held_task_group_may_be_cancelled_at_the_end() -> None:
+    registry = Registry()
+
+    @registry.resource
+    async def worker() -> AsyncGenerator[None]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep_forever)
+            yield
+            tasks.cancel_scope.cancel()
+
+    async with registry.lifespan():
+        pass
+
+
+async def check_a_failing_child(group: Callable[[], Any], start: str) -> None:
+    registry = Registry()
+    failed = anyio.Event()
+    log: list[str] = []
+    with_steps = [WithCloseAndWait(), WithCloseAndWait()]
+
+    async def child() -> None:
+        await checkpoint()
+        failed.set()
+        raise ZeroDivisionError
+
+    below = registry.resource(name="below")(lambda: with_steps[0])
+
+    @registry.resource(after=[below])
+    async def worker() -> AsyncGenerator[None]:
+        try:
+            async with group() as tasks:
+                run_child = getattr(tasks, start)
+                run_child(child() if start == "create_task" else child)
+                yield
+        finally:
+            log.append("worker left")
+            assert with_steps[0].log == []
+            assert with_steps[1].log == ["close", "wait_closed"]
+
+    registry.resource(name="above", after=[worker])(lambda: with_steps[1])
+    with pytest.raises(ShutdownError) as caught:
+        async with registry.lifespan():
+            await failed.wait()
+            for _ in range(5):
+                await checkpoint()
+            log.append("body goes on")
+    ((name, failure),) = caught.value.failures
+    assert name == "worker"
+    assert isinstance(failure, ExceptionGroup)
+    assert caught.group_contains(ZeroDivisionError)
+    assert log == ["body goes on", "worker left"]
+    assert with_steps[0].log == ["close", "wait_closed"]
+
+
+async def test_a_child_that_fails_comes_out_at_the_closing_and_the_rest_is_closed_in_order() -> None:
+    await check_a_failing_child(anyio.create_task_group, "start_soon")
+
+
+@on_asyncio
+async def test_a_child_of_asyncio_that_fails_comes_out_at_the_closing_likewise() -> None:
+    await check_a_failing_child(asyncio.TaskGroup, "create_task")
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_held_deadline_that_passes_under_the_body_comes_out_at_the_closing(backend: str) -> None:
+    log: list[str] = []
+    registry = Registry()
+
+    @registry.resource
+    async def patient() -> AsyncGenerator[None]:
+        with anyio.move_on_after(1):
+            yield
+            await anyio.sleep_forever()
+        await checkpoint()
+        log.append("patient left")
+
+    @registry.resource(after=[patient])
+    async def strict() -> AsyncGenerator[None]:
+        with anyio.fail_after(1):
+            yield
+            log.append("strict closing")
+            await anyio.sleep_forever()
+
+    @registry.resource(after=[strict])
+    async def asyncios() -> AsyncGenerator[None]:
+        if backend == "asyncio":
+            async with asyncio.timeout(1):
+                yield
+                await checkpoint()  # its cancellation came, and went, before
+        else:
+            yield
+        log.append("asyncios left")
+
+    async def main() -> None:
+        with pytest.raises(ShutdownError) as caught:
+            async with registry.lifespan():
+                await anyio.sleep(10)
+                log.append("body ended")
+        ((name, failure),) = caught.value.failures
+        assert (name, type(failure)) == ("strict", TimeoutError)
+
+    run(main, backend)
+    assert log == ["body ended", "asyncios left", "strict closing", "patient left"]

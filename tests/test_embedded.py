@@ -209,14 +209,11 @@ def test_the_terminals_ctrl_c_does_not_reach_the_servers(running: Running) -> No
 
 @root_only
 def test_as_root_every_process_of_a_server_is_nobodys(running: Running) -> None:
-    """Without root's groups too, which a change of user alone would keep."""
+    """User and group, real and effective."""
     nobody = pwd.getpwnam("nobody")
     for process in _processes(running.place):
         assert set(process.uids()) == {nobody.pw_uid}
         assert set(process.gids()) == {nobody.pw_gid}
-        if sys.platform == "linux":
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            assert "\nGroups:\t \n" in status
 
 
 @both
@@ -429,13 +426,33 @@ async def test_asyncios_own_cancel_while_programs_are_copied_leaves_nothing(
 @asyncio_only
 async def test_a_bad_setting_is_answered_with_the_servers_own_words(place: Path) -> None:
     """The error ends with the log, in which the server says what it did not like."""
-    with pytest.raises(RuntimeError, match=r'unrecognized configuration parameter "port_typo"'):
+    with (
+        _launches() as launched,
+        pytest.raises(RuntimeError, match=r'unrecognized configuration parameter "port_typo"'),
+    ):
         async with embedded.postgres(settings={"port_typo": "1"}):
             pytest.fail("started")
+    assert len(launched) == 3  # initdb, CREATE DATABASE, the server: no other port would help
     with pytest.raises(RuntimeError, match="port-typo"):
         async with embedded.valkey(args=["--port-typo", "1"]):
             pytest.fail("started")
     assert not _left(place)
+
+
+@pytest.mark.parametrize("failing", ["initdb", "postgres"])
+@asyncio_only
+async def test_the_first_program_that_fails_is_the_one_that_is_heard(
+    failing: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what those before it said, nor what those after it would say."""
+    for name in ("initdb", "postgres"):
+        (place / name).write_text(f"#!/bin/sh\necho {name} speaks\nexit {name == failing:d}\n")
+        (place / name).chmod(0o755)
+    monkeypatch.setattr(embedded, "_find_postgres", lambda: place / "postgres")
+    with pytest.raises(RuntimeError) as error:
+        async with embedded.postgres():
+            pytest.fail("started")
+    assert str(error.value).splitlines()[1:] == [f"{failing} speaks"]
 
 
 async def test_a_server_that_takes_too_long_is_given_up(
@@ -631,6 +648,21 @@ async def test_as_root_programs_that_all_can_reach_run_where_they_are(place: Pat
         assert Path(psutil.Process(server.pid).exe()) == program
         assert _modes(program) == before
     assert _modes(program) == before
+
+
+@root_only
+@linux_only
+@asyncio_only
+async def test_as_root_the_groups_of_root_are_given_up_too(place: Path) -> None:
+    """A change of user and group alone would keep the supplementary ones."""
+    groups = os.getgroups()
+    os.setgroups([0, 4])
+    try:
+        async with embedded.valkey() as server:
+            status = await anyio.Path(f"/proc/{server.pid}/status").read_text()
+    finally:
+        os.setgroups(groups)
+    assert "\nGroups:\t \n" in status
 
 
 @root_only
