@@ -58,7 +58,9 @@ $(READY): pyproject.toml constraints.txt
 			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Setting up .venv, which takes a minute ..."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]' || { \
+		echo "pip failed. It says more by itself: $(BIN)/pip install -c constraints.txt -e '.[dev]'" >&2; \
+		exit 1; }
 	@touch $@
 
 .PHONY: constraints clean

@@ -28,6 +28,7 @@ from ._backend import clock, spawn
 from ._closing import Call, Live, settle
 from ._errors import DeadlineError, LifekitError, Phase
 from ._graph import Plan
+from ._redact import redact_error
 from ._resource import Resource
 from ._stack import waiting_at
 from ._timeline import Timeline, timeline
@@ -556,6 +557,8 @@ class Engine:
         self, node: Node, error: BaseException | None, *, cancelled: bool
     ) -> BaseException | None:
         # A cancellation that lifekit asked for is no failure by itself: what it asked for it is.
+        if error is not None:
+            redact_error(error)
         ours = get_cancelled_exc_class()
         if isinstance(error, BaseExceptionGroup):
             group = cast("BaseExceptionGroup[BaseException]", error)

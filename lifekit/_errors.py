@@ -79,8 +79,8 @@ class DeadlineError(LifekitError, TimeoutError):
         self.resource = resource
         self.phase: Phase = phase
         self.seconds = seconds
-        self.stack = tuple(stack)
-        self.holders = tuple(holders)
+        self.stack: tuple[str, ...] = tuple(stack)
+        self.holders: tuple[str, ...] = tuple(holders)
         self.abandoned = abandoned
         lines = [f"{resource} ({location}): {phase} took longer than {seconds:.3g} s"]
         if grace is not None:

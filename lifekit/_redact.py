@@ -1,6 +1,7 @@
 """Passwords taken out of every text that lifekit shows."""
 
 import re
+from contextlib import suppress
 
 # Servers' own parsers disagree on which characters a password may hold as they are. In doubt too
 # much is taken out: up to the last @ of the authority, or even beyond a slash; but no port.
@@ -23,6 +24,24 @@ _PAIRS = [
         ),
     ]
 ]
+
+
+def redact_error(error: BaseException) -> None:
+    """Redact the texts that *error*, its causes and the errors it holds were made with.
+
+    Whoever prints the traceback of a failed start prints the driver's own words, DSN and all.
+    """
+    left, seen = [error], set[int]()
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if not isinstance(each, BaseExceptionGroup):
+            with suppress(Exception):  # an error whose class forbids it
+                each.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in each.args)
+        held: tuple[BaseException, ...] = getattr(each, "exceptions", ())
+        left += [linked for linked in (each.__cause__, each.__context__, *held) if linked is not None]
 
 
 def redact(text: str) -> str:

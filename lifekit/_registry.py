@@ -104,7 +104,7 @@ class Registry:
         self.close_timeout = close_timeout
         self.grace = grace
         self.on_event = on_event
-        self.key = f"lifekit.{name}.{id(self):x}"
+        self.key: str = f"lifekit.{name}.{id(self):x}"
         self.running: dict[object, tuple[Lifespan, ...]] = {}
         self._named: dict[str, Resource[Any]] = {}
         self._entries: list[Resource[Any] | Registry] = []

@@ -6,7 +6,7 @@ import inspect
 from asyncio import _get_running_loop
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ._running import current, find, find_for
 
@@ -64,7 +64,7 @@ class Resource(Generic[T_co]):
     location: str
     """The code line that defines it."""
 
-    __signature__ = _Signature()
+    __signature__: ClassVar[_Signature] = _Signature()
 
     def get(self) -> T_co:
         """Return the live value, anywhere in the event loop of the lifespan that opened it.

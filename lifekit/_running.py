@@ -111,7 +111,10 @@ def _not_open(resource: Resource[Any], here: object | None) -> NotOpenError:
 
 def _request_hint(scope: MutableMapping[str, Any]) -> str:
     if (scope.get("client") or ("",))[0] == "testclient":
-        return "This request came through a TestClient: write `with TestClient(app) as client:`."
+        return (
+            "This request came through a TestClient that ran no lifespan of this registry: write "
+            "`with TestClient(app) as client:`, and FastAPI(lifespan=registry.lifespan)."
+        )
     if "state" not in scope:
         return (
             "This request carries no lifespan state: its server or test transport (httpx's "

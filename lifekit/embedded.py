@@ -9,6 +9,7 @@ Declare them as resources; a server that runs already takes their place by its U
 A server is a child process with a private directory. It listens on 127.0.0.1 with a password of
 its own, ends with its ``async with`` block and, on Linux, with the process that started it. As root
 it runs as ``nobody``: PostgreSQL refuses root, and ``CONFIG SET dir`` lets a Valkey write anywhere.
+Only a program that is killed leaves the directory behind, among the temporary files.
 """
 
 from __future__ import annotations
@@ -125,7 +126,10 @@ async def valkey(url: str | None = None, *, args: Sequence[str] = ()) -> AsyncGe
 
 
 def is_embedded_valkey(directory: str | bytes) -> bool:
-    """Tell by a server's answer to ``CONFIG GET dir`` whether `valkey` started it."""
+    """Tell by a server's answer to ``CONFIG GET dir`` whether `valkey` started it.
+
+    Such a server runs in its private directory, whose name begins with ``lifekit-valkey-``.
+    """
     return Path(os.fsdecode(directory)).name.startswith(_VALKEY_PREFIX)
 
 

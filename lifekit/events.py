@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ._errors import Phase, summary
 from ._timeline import Timeline
 
-logger = logging.getLogger("lifekit")
+logger: logging.Logger = logging.getLogger("lifekit")
 
 
 @dataclass(frozen=True, slots=True)

@@ -363,7 +363,7 @@ async def test_cancelled_while_initdb_works_it_leaves_nothing(place: Path) -> No
 
         tasks.start_soon(start)
         with anyio.fail_after(10):
-            while not any("--boot" in process.info["cmdline"] for process in _processes(place)):
+            while not any("--boot" in str(process.info["cmdline"]) for process in _processes(place)):
                 await anyio.lowlevel.checkpoint()
         tasks.cancel_scope.cancel()
     assert not _left(place)
@@ -563,6 +563,15 @@ def test_the_servers_of_a_killed_program_end(place: Path) -> None:
     assert len(pids) == 2
     assert {*pids} < {process.pid for process in running}
     assert psutil.wait_procs(running, timeout=10)[1] == []
+
+
+@linux_only
+def test_a_server_is_not_started_for_a_program_that_is_gone_already() -> None:
+    """A parent killed before the child asked for the death signal would send none."""
+    command = [sys.executable, "-c", embedded._LAUNCHER, "1", "9", "0", "0", sys.executable, "-V"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "the parent process is gone\n"
 
 
 def _interpreter_for_nobody(place: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import subprocess
 import sys
@@ -187,8 +186,8 @@ def test_the_public_names_are_these() -> None:
         "DeadlineError",
         "DeclarationError",
         "Driver",
-        "Lifespan",
         "LifekitError",
+        "Lifespan",
         "NotOpenError",
         "OverrideError",
         "Registry",
@@ -212,6 +211,7 @@ def test_the_public_names_of_the_parts_are_these() -> None:
 
 def test_the_events_are_these_with_these_fields() -> None:
     of_resource = ["registry", "resource"]
+    classes = get_args(events.Event)
     assert {
         each.__name__: [field.name for field in fields(each)] for each in get_args(events.Event)
     } == {
@@ -232,7 +232,7 @@ def test_the_events_are_these_with_these_fields() -> None:
         for name, value in vars(events).items()
         if isinstance(value, type) and value.__module__ == events.__name__ and name[0] != "_"
     }
-    assert set(public.values()) == set(get_args(events.Event))
+    assert set(public.values()) == set(classes)
 
 
 def test_every_error_is_a_lifekit_error() -> None:
@@ -274,17 +274,12 @@ def test_no_file_is_longer_than_600_lines_and_no_function_than_60(file: Path) ->
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
 
 
-@every_file
-def test_every_module_can_be_imported_by_itself(file: Path) -> None:
-    importlib.import_module(module_name(file))
-
-
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_no_file_names_a_place_on_the_machine_it_was_written_on() -> None:
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.check_output(listing, cwd=ROOT, text=True).split("\0")
     places = {f"{place}/" for place in (Path.home(), ROOT.parent) if place != place.parent}
-    a_home = re.compile(r"/(?:home|Users)/\w|\b[A-Z]:\\Users\\", re.IGNORECASE)
+    a_home = re.compile(r"/(?:home|Users)/\w|\b[A-Z]:\\Users\\")
     found: list[str] = []
     for name in filter(None, names):
         file = ROOT / name

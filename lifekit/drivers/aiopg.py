@@ -160,4 +160,4 @@ def _server(pool: Any) -> str:
     return f"postgresql://{login}{host}{':' if port else ''}{port}/{database}"
 
 
-driver = AiopgDriver()
+driver: AiopgDriver = AiopgDriver()

@@ -133,4 +133,4 @@ def _server(pool: Any) -> str:
     return f"postgresql://{user}{secret}{'@' if user else ''}{host}{port}/{database}"
 
 
-driver = AsyncpgDriver()
+driver: AsyncpgDriver = AsyncpgDriver()

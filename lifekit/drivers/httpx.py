@@ -78,4 +78,4 @@ def _package(kind: type, *names: str) -> str | None:
     return None
 
 
-driver = HttpxDriver()
+driver: HttpxDriver = HttpxDriver()

@@ -153,4 +153,4 @@ def _description(client: Any) -> str:
     return f"redis client, {scheme}://{login}{login and '@'}{host}:{port}/{given.get('db') or 0}"
 
 
-driver = RedisDriver()
+driver: RedisDriver = RedisDriver()
