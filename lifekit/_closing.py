@@ -256,7 +256,11 @@ def _has(value: object, name: str) -> bool:
     # A class that is itself the value has what its instances have, and can't be called for it.
     if isinstance(value, type):
         return False
-    return hasattr(type(value), name) or name in getattr(value, "__dict__", ())
+    try:
+        own: object = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        own = ()
+    return hasattr(type(value), name) or name in cast("dict[str, object]", own)
 
 
 def _takes_nothing(method: Call) -> bool:

@@ -26,7 +26,7 @@ from anyio import CancelScope, get_cancelled_exc_class
 from . import drivers, events
 from ._backend import clock, spawn
 from ._closing import Call, Live, settle
-from ._errors import DeadlineError, LifekitError, Phase
+from ._errors import DeadlineError, LifekitError, Phase, summary
 from ._graph import Plan
 from ._redact import redact_error
 from ._resource import Resource
@@ -183,7 +183,8 @@ class Engine:
     def stop_timeline(self) -> Timeline:
         """Return how the stop went."""
         times = [(node.close_began, node.closed_at) for node in self.nodes]
-        return timeline(f"stop of {self.name}", self._names, times, self.plan.children, self.stop_began)
+        title = f"stop of {self.name}"
+        return timeline(title, self._names, times, self.plan.children, self.stop_began, last_first=True)
 
     def opened(self) -> list[str]:
         """Return the names of what had opened."""
@@ -202,7 +203,8 @@ class Engine:
             events.log(event)
             if self._on_event is not None:
                 self._on_event(event)
-        except Exception:
+        except Exception as error:
+            redact_error(error)
             events.logger.exception(f"on_event of {self.name} failed at {type(event).__name__}")
         except BaseException as error:
             self.interrupts.append(error)
@@ -532,7 +534,8 @@ class Engine:
             # After a failure only a generator's end, or the exit of what was entered, must still come.
             if clean or (live.entered and step is live.steps[-1][1]):
                 clean &= await self._step(node, phase, step)
-        if live.terminate and not (clean and live.is_open) and not node.terminated:
+        in_order = clean and live.is_open and live.flaw is None
+        if live.terminate and not in_order and not node.terminated:
             self._report(node, self._terminated, None)
             self._arm(node, min(LAST_CALL, self._timeout(node)))
             with CancelScope(shield=True, deadline=self.now() + 2 * LAST_CALL) as node.closing_scope:
@@ -583,4 +586,4 @@ async def _quietly(call: Call) -> None:
         with CancelScope(shield=True, deadline=clock()() + LAST_CALL):
             await settle(call())
     except BaseException as error:
-        events.logger.error(f"terminate of what was left behind failed: {error!r}")
+        events.logger.error(f"terminate of what was left behind failed: {summary(error)}")

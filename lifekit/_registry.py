@@ -191,7 +191,17 @@ class Registry:
         """
         if len(needs) == 1 and not options and not isinstance(needs[0], Resource):
             return self._declare(needs[0], ())
-        for need in (*needs, *options.get("after", ())):
+        unknown = options.keys() - Declaration.__annotations__.keys()
+        if unknown:
+            raise DeclarationError(
+                f"{caller()}: a resource has no option {', '.join(sorted(unknown))}. It has "
+                f"{', '.join(Declaration.__annotations__)}."
+            )
+        after: Any = options.get("after", ())
+        if isinstance(after, Resource):
+            raise DeclarationError(f"{caller()}: after takes several handles: after=[{after.name}].")
+        options["after"] = after = tuple(after)
+        for need in (*needs, *after):
             if not isinstance(need, Resource):
                 raise DeclarationError(
                     f"{caller()}: a {type(need).__name__} stands where a handle is expected. What a "

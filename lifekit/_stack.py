@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from ._redact import redact
+
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -60,7 +62,7 @@ def waiting_at(coroutine: object) -> tuple[str, ...]:
         if frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
             continue
         source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        lines.append(f"{frame_line(frame)}: {source}" if source else frame_line(frame))
+        lines.append(f"{frame_line(frame)}: {redact(source)}" if source else frame_line(frame))
     return tuple(lines)
 
 

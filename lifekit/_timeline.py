@@ -60,11 +60,14 @@ def timeline(
     times: Sequence[tuple[float | None, float | None]],
     before: Sequence[Sequence[int]],
     began: float,
+    *,
+    last_first: bool = False,
 ) -> Timeline:
     """Build a timeline.
 
     *times* holds each resource's begin and end, None where there was none; *before* the positions of
     what each had to wait for; *began* is the time of the whole's begin, on the same clock.
+    Of those that begin together the first declared comes first, or the last where *last_first*.
     """
     ran = {
         index: (begin, end)
@@ -79,7 +82,7 @@ def timeline(
         latest = max(earlier, key=lambda index: ran[index][1], default=None)
     spans = [
         Span(names[index], begin - began, end - began, index in critical)
-        for index, (begin, end) in sorted(ran.items(), key=lambda item: (item[1][0], item[0]))
+        for index, (begin, end) in sorted(ran.items(), key=lambda item: (item[1][0], -item[0] if last_first else item[0]))
     ]
     seconds = max((end - began for _, end in ran.values()), default=0.0)
     return Timeline(f"{title} in {seconds:.3f} s, {len(spans)} resources", tuple(spans))

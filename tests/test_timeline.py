@@ -83,7 +83,7 @@ def test_the_critical_path_goes_back_by_what_ended_last_of_what_was_waited_for()
 
 def diamond(seconds: dict[str, tuple[float, float]]) -> tuple[Registry, dict[str, Resource[Any]]]:
     """Declare base <- (left, right) <- top; each takes its seconds to open and to close."""
-    registry = Registry("diamond")
+    registry = Registry("diamond", start_timeout=1000, close_timeout=1000, grace=1000)
     handles: dict[str, Resource[Any]] = {}
 
     def declare(name: str, *needs: str) -> None:
@@ -120,8 +120,9 @@ def pictures(registry: Registry, backend: str) -> tuple[Timeline, Timeline]:
 
 
 def rounded(whole: Timeline) -> list[tuple[str, int, int]]:
-    """Return names, begins and ends, in whole seconds."""
-    return [(span.resource, round(span.began), round(span.ended)) for span in whole.spans]
+    """Return names, begins and ends, in whole seconds, ties by name."""
+    spans = [(span.resource, round(span.began), round(span.ended)) for span in whole.spans]
+    return sorted(spans, key=lambda span: (span[1], span[0]))
 
 
 @both
@@ -137,7 +138,6 @@ def test_the_start_and_the_stop_of_a_diamond_each_have_a_critical_path(backend: 
 
 def test_the_pictures_of_a_diamond_look_like_this() -> None:
     registry, _ = diamond({"base": (10, 40), "left": (20, 30), "right": (50, 10), "top": (10, 20)})
-    registry.close_timeout = registry.grace = registry.start_timeout = 1000
     start, stop = pictures(registry, "trio")
     assert str(start) == (
         """\

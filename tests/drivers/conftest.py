@@ -38,9 +38,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 async def ended(before: set[asyncio.Task[Any]]) -> None:
     """Wait until the tasks that were not there before have ended."""
-    late = asyncio.all_tasks() - before
-    if late:
-        await asyncio.wait(late, timeout=5)
+    await until(lambda: all(task.done() for task in asyncio.all_tasks() - before))
 
 
 class Sessions:

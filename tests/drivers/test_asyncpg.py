@@ -384,6 +384,30 @@ async def test_terminate_cuts_every_connection_in_any_state(
     await sessions.none_left()
 
 
+@pytest.mark.skipif(not hasattr(asyncpg.Pool, "_maintain_min_size"), reason="new in 0.32")
+async def test_terminate_ends_the_task_that_replaces_lost_connections(
+    pools: Pools, sessions: Sessions
+) -> None:
+    """asyncpg keeps up min_size by itself, in a task of its own."""
+    before = asyncio.all_tasks()
+    replacing = asyncio.Event()
+
+    async def init(_: object) -> None:
+        if lost:
+            replacing.set()
+            await asyncio.Event().wait()
+
+    lost = False
+    pool = pools.new(init=init)
+    await driver.open(pool)
+    lost = True
+    sessions.end_all()
+    await replacing.wait()
+    driver.terminate(pool)
+    await ended(before)
+    await sessions.none_left()
+
+
 async def test_a_query_on_a_terminated_connection_fails_at_once(
     pools: Pools, sessions: Sessions
 ) -> None:
