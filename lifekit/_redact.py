@@ -37,10 +37,10 @@ def redact_error(error: BaseException) -> None:
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if not isinstance(each, BaseExceptionGroup):
+        held: tuple[BaseException, ...] = getattr(each, "exceptions", ())
+        if not held:
             with suppress(Exception):  # an error whose class forbids it
                 each.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in each.args)
-        held: tuple[BaseException, ...] = getattr(each, "exceptions", ())
         left += [linked for linked in (each.__cause__, each.__context__, *held) if linked is not None]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from asyncio import _get_running_loop
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -77,7 +77,7 @@ class Resource(Generic[T_co]):
             WrongLoopError: It is open in another event loop.
         """
         lifespans = current.get()
-        if lifespans and lifespans[0].loop is _get_running_loop():
+        if lifespans and lifespans[0].loop is asyncio._get_running_loop():
             try:
                 return lifespans[0].values[self]  # type: ignore[no-any-return]
             except KeyError:

@@ -19,7 +19,7 @@ os.environ.pop("REDIS_URL", None)
     params=[
         pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
         pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-        pytest.param(("trio", {}), id="trio"),
+        pytest.param("trio", id="trio"),
     ]
 )
 def anyio_backend(request: pytest.FixtureRequest) -> object:

@@ -151,8 +151,8 @@ start of diamond in 70.000 s, 4 resources (█ critical path)
         """\
 stop of diamond in 90.000 s, 4 resources (█ critical path)
   top   │███████████                                     │ 20.000 s
-  left  │           ████████████████                     │ 30.000 s
   right │           ░░░░░                                │ 10.000 s
+  left  │           ████████████████                     │ 30.000 s
   base  │                           █████████████████████│ 40.000 s"""
     )
 
