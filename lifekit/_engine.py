@@ -148,7 +148,7 @@ class Engine:
         self._running = 0
         self._reports: list[tuple[Node, Callable[[Node, Any], None], object]] = []
         self._alarms: list[tuple[float, int]] = []
-        self._next_alarm = inf
+        self._next_alarm = -inf
         self._bell = anyio.Event()
 
     def start(self) -> None:
@@ -243,17 +243,20 @@ class Engine:
             self._stop_asked = True
             if not isinstance(error, get_cancelled_exc_class()):
                 self.interrupts.append(error)
+        self._next_alarm = -inf  # while it is awake nobody needs to wake it
         if self._bell.is_set():
             self._bell = anyio.Event()
 
     def _turn(self) -> None:
+        overdue: list[tuple[float, int]] = []
+        while self._alarms and self._alarms[0][0] <= self.now():
+            overdue.append(heapq.heappop(self._alarms))
         # In declaration order, so that every run of one plan tells the same story.
         reports, self._reports = self._reports, []
         for node, happened, what in sorted(reports, key=lambda report: report[0].index):
             if node.state is not State.ENDED:  # else it was left behind, and speaks too late
                 happened(node, what)
-        while self._alarms and self._alarms[0][0] <= self.now():
-            when, index = heapq.heappop(self._alarms)
+        for when, index in overdue:
             if self.nodes[index].alarm == when:
                 self._overdue(self.nodes[index])
         if self._stop_asked and not self.stopping:
@@ -265,6 +268,7 @@ class Engine:
         self._running += 1
         if self._heard:
             self._emit(events.Opening(self.name, node.resource.name))
+        self._arm(node, self._start_seconds(node))
         node.scope, node.closing_scope = CancelScope(shield=True), CancelScope()
         node.coroutine = self._life(node)
         node.task = spawn(node.coroutine, f"lifekit {self.name}.{node.resource.name}")
@@ -323,6 +327,7 @@ class Engine:
         del self.values[node.resource]
         if self._heard:
             self._emit(events.Closing(self.name, node.resource.name))
+        self._arm(node, self._close_seconds(node))
         node.asked = True
         node.wake.set()
 
@@ -459,7 +464,6 @@ class Engine:
 
     async def _open(self, node: Node) -> None:
         options = node.resource.options
-        self._arm(node, self._start_seconds(node))
         until, seconds = node.alarm, node.armed_for
         for attempt in count(1):
             try:
@@ -523,10 +527,10 @@ class Engine:
                     self.stop()
 
     async def _close(self, node: Node, live: Live) -> bool:
-        node.cut = None
         node.closing_scope.shield = True
         node.close_began = self.now() if node.close_began is None else node.close_began
-        self._arm(node, self._close_seconds(node))
+        if not node.asked:  # else the owner has set its alarm
+            self._arm(node, self._close_seconds(node))
         if node.state is State.ENDED:  # left behind while it opened: nobody watches its time
             node.closing_scope.deadline = self.now() + LAST_CALL
         clean = True

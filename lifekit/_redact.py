@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from typing import Any
 
 # Servers' own parsers disagree on which characters a password may hold as they are. In doubt too
 # much is taken out: up to the last @ of the authority, or even beyond a slash; but no port.
@@ -37,11 +38,25 @@ def redact_error(error: BaseException) -> None:
         if id(each) in seen:
             continue
         seen.add(id(each))
+        with suppress(Exception):  # an error whose class forbids it
+            _redact_texts(each)
         held: tuple[BaseException, ...] = getattr(each, "exceptions", ())
-        if not held:
-            with suppress(Exception):  # an error whose class forbids it
-                each.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in each.args)
         left += [linked for linked in (each.__cause__, each.__context__, *held) if linked is not None]
+
+
+def _redact_texts(error: BaseException) -> None:
+    if hasattr(error, "__notes__"):
+        error.__notes__ = [_redacted(note) for note in error.__notes__]
+    if isinstance(error, OSError):  # it shows these, whatever its args are
+        for name in ("strerror", "filename", "filename2"):
+            if isinstance(text := getattr(error, name), str):
+                setattr(error, name, redact(text))
+    if not isinstance(error, BaseExceptionGroup):
+        error.args = tuple(map(_redacted, error.args))
+
+
+def _redacted(value: object) -> Any:
+    return redact(value) if isinstance(value, str) else value
 
 
 def redact(text: str) -> str:

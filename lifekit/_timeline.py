@@ -80,9 +80,10 @@ def timeline(
         critical.add(latest)
         earlier = [index for index in before[latest] if index in ran]
         latest = max(earlier, key=lambda index: ran[index][1], default=None)
+    ranked = sorted(ran, key=lambda index: (ran[index][0], -index if last_first else index))
     spans = [
-        Span(names[index], begin - began, end - began, index in critical)
-        for index, (begin, end) in sorted(ran.items(), key=lambda item: (item[1][0], -item[0] if last_first else item[0]))
+        Span(names[index], ran[index][0] - began, ran[index][1] - began, index in critical)
+        for index in ranked
     ]
     seconds = max((end - began for _, end in ran.values()), default=0.0)
     return Timeline(f"{title} in {seconds:.3f} s, {len(spans)} resources", tuple(spans))

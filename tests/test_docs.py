@@ -97,6 +97,18 @@ def _no_factory() -> None:
     Registry().resource(1)  # type: ignore[call-overload] # pyright: ignore
 
 
+def _no_such_option() -> None:
+    Registry().resource(retries=3)  # type: ignore[call-overload] # pyright: ignore
+
+
+def _after_one_handle() -> None:
+    Registry().resource(after=_handle())  # type: ignore[call-overload] # pyright: ignore
+
+
+def _no_name() -> None:
+    Registry().resource(lambda: 1)
+
+
 def _needs_that_do_not_fit() -> None:
     registry = Registry()
     registry.resource(registry.resource(pool))(two)  # type: ignore[arg-type] # pyright: ignore
@@ -239,6 +251,9 @@ MISTAKES: list[Callable[[], Any]] = [
     _twice_the_same_name,
     _no_handle,
     _no_factory,
+    _no_such_option,
+    _after_one_handle,
+    _no_name,
     _needs_that_do_not_fit,
     _foreign_handle,
     _includes_in_a_cycle,

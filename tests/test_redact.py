@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lifekit import DeadlineError, Registry, ShutdownError, StartupError, events
-from lifekit._redact import redact
+from lifekit._redact import redact, redact_error
 
 from .virtual_time import run
 
@@ -140,6 +140,49 @@ def test_a_long_text_is_no_burden(word: str) -> None:
     began = perf_counter()
     redact(text)
     assert perf_counter() - began < 2
+
+
+# -- errors made by others -------------------------------------------------------------------------
+
+
+def test_an_error_loses_its_passwords_and_keeps_the_rest() -> None:
+    error = ConnectionError(f"lost {DSN}", 3, None)
+    redact_error(error)
+    assert error.args == ("lost postgresql://app:***@db.example.org:5432/shop", 3, None)
+
+
+def test_an_error_of_the_system_shows_its_own_text_without_the_password() -> None:
+    error = ConnectionRefusedError(111, f"can't reach {DSN}", DSN)
+    redact_error(error)
+    assert error.errno == 111
+    assert "app:***@db.example.org" in str(error)
+    assert SECRET not in f"{error} {error!r}"
+
+
+def test_notes_lose_their_passwords() -> None:
+    error = ConnectionError("lost it")
+    error.add_note(f"connecting to {DSN}")
+    redact_error(error)
+    assert error.__notes__ == ["connecting to postgresql://app:***@db.example.org:5432/shop"]
+
+
+def test_causes_contexts_and_groups_lose_their_passwords_even_in_a_ring() -> None:
+    errors = [ConnectionError(f"{number}: {DSN}") for number in range(4)]
+    first, cause, context, held = errors
+    first.__cause__ = cause
+    cause.__context__ = context
+    context.__cause__ = ExceptionGroup("several", [held, first])
+    redact_error(first)
+    assert SECRET not in str(errors)
+
+
+def test_an_error_that_can_not_be_changed_is_left_as_it_is() -> None:
+    class StubbornError(Exception):
+        @property
+        def args(self) -> tuple[str, ...]:  # type: ignore[override]
+            raise RuntimeError
+
+    redact_error(StubbornError())
 
 
 # -- what lifekit makes of errors that hold a DSN --------------------------------------------------

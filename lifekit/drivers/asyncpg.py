@@ -124,7 +124,7 @@ def _server(pool: Any) -> str:
     login, _, address = url.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts = given.get("host") or address
-    host = hosts if isinstance(hosts, str) else ",".join(hosts)
+    host = ",".join(hosts) if isinstance(hosts, list | tuple) else hosts
     user, database = given.get("user") or user, given.get("database") or url.path[1:]
     if not (host or user or database):
         return "the server that PGHOST names"

@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in (options.names or BENCHMARKS):
             print(f"{name} ...", file=sys.stderr, flush=True)
             rows += benchmark.tiny() if options.tiny else benchmark.full()
-    packages = " ".join(
-        f"{each} {version(each)}" for each in ("anyio", "fastapi", "uvloop", "trio")
-    )
+    packages = " ".join(f"{each} {version(each)}" for each in ("anyio", "fastapi", "uvloop", "trio"))
     print(f"Python {platform.python_version()} {packages}\n\n{table(rows)}")
     missed = [row.what for row in rows if not row.met]
     return 1 if options.check and missed else 0

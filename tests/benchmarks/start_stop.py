@@ -176,15 +176,11 @@ def growth(*, rounds: int = 4, small: int = 1000, big: int = 10_000) -> list[Row
 
         async def task(count: int) -> float:
             times = big // count  # as much work for the small count as for the big one
-            return (
-                sum([await park_and_wake(count, collector=collector) for _ in range(times)]) / big
-            )
+            return sum([await park_and_wake(count, collector=collector) for _ in range(times)]) / big
 
         async def resource(count: int) -> float:
             times, registry = big // count, registries[count]
-            started: Take = partial(
-                start_and_stop, registry, clock=process_time, collector=collector
-            )
+            started: Take = partial(start_and_stop, registry, clock=process_time, collector=collector)
             return sum([await started() for _ in range(times)]) / big
 
         few_tasks, few, many_tasks, many = await interleave(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -213,10 +214,12 @@ async def test_salvage_leaves_alone_a_pool_that_is_open(pools: Pools) -> None:
 # -- check, close -------------------------------------------------------------------------------
 
 
-async def test_check_passes_on_a_pool_that_works(pools: Pools) -> None:
+async def test_check_asks_the_server(pools: Pools, sessions: Sessions) -> None:
     """And gives back the connection that it used."""
     pool = await pools.open()
     await driver.check(pool)
+    asked = "SELECT query FROM pg_stat_activity WHERE application_name = %s"
+    assert sessions.run(asked, sessions.name) == "SELECT 1"
     assert driver.holders(pool) == []
     await close(pool)
 
@@ -364,17 +367,23 @@ async def test_a_terminated_connection_can_be_given_back(pools: Pools, sessions:
     sessions.end_all()  # asleep, the server would not notice for a minute
 
 
-async def test_who_waits_for_a_terminated_pool_gets_no_connection(
-    pools: Pools, sessions: Sessions
-) -> None:
-    """aiopg would connect anew for it; the task that waits is told that the pool is closed."""
-    pool: Any = await pools.open(minsize=1, maxsize=1)
+async def test_all_who_wait_for_a_terminated_pool_are_told(pools: Pools, sessions: Sessions) -> None:
+    """aiopg would leave one waiting, and connect anew for the other."""
+    connected = 0
+
+    async def on_connect(_: aiopg.Connection) -> None:
+        nonlocal connected
+        connected += 1
+
+    pool: Any = await pools.open(minsize=1, maxsize=1, on_connect=on_connect)
     await pool.acquire()
-    waiting = asyncio.create_task(driver.check(pool))
-    await until(lambda: pool._cond._waiters)
+    waiting = [asyncio.create_task(driver.check(pool)) for _ in range(2)]
+    await until(lambda: len(pool._cond._waiters) == 2)
     driver.terminate(pool)
-    with pytest.raises(RuntimeError, match="after closing pool"):
-        await waiting
+    for task in waiting:
+        with pytest.raises(RuntimeError, match="after closing pool"):
+            await task
+    assert connected == 1
     await sessions.none_left()
 
 
@@ -391,12 +400,45 @@ async def test_a_connection_that_arrives_after_terminate_is_closed(
     pool = await pools.open(minsize=0, on_connect=on_connect)
     acquiring = asyncio.create_task(driver.check(pool))
     await connecting.wait()
+    tasks = asyncio.all_tasks()
     driver.terminate(pool)
+    assert asyncio.all_tasks() == tasks  # none that would wait for that connection as well
     go_on.set()
     with pytest.raises(RuntimeError, match="after closing pool"):
         await acquiring
     await sessions.none_left()
     assert pool.size == 0
+
+
+async def test_a_terminated_pool_that_was_never_noted_lets_no_one_in(pools: Pools) -> None:
+    """One that a factory opened, and yields, the driver never opened."""
+    pool = await pools.new()
+    driver.terminate(pool)
+    with pytest.raises(RuntimeError, match="after closing pool"):
+        await pool.acquire()
+
+
+async def test_terminate_leaves_alone_who_has_a_closed_connections_descriptor(
+    pools: Pools, sessions: Sessions
+) -> None:
+    """A descriptor that is free is given to the next who asks; closing twice would cut that off."""
+    pool = await pools.open()
+    connection = await pool.acquire()
+    descriptor = connection.raw.fileno()
+    connection.close()
+    ours, theirs = socket.socketpair()
+    assert descriptor in {ours.fileno(), theirs.fileno()}
+    if descriptor == theirs.fileno():
+        ours, theirs = theirs, ours
+    heard = asyncio.Event()
+    asyncio.get_running_loop().add_reader(descriptor, heard.set)
+    driver.terminate(pool)
+    theirs.send(b"x")
+    await asyncio.wait_for(heard.wait(), 5)
+    asyncio.get_running_loop().remove_reader(descriptor)
+    ours.close()
+    theirs.close()
+    await sessions.none_left()
 
 
 # -- holders ------------------------------------------------------------------------------------

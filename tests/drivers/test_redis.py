@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ssl
 from collections.abc import Awaitable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,8 +17,10 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 from redis import Redis as SyncRedis
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCluster
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
+from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
+from redis.backoff import ConstantBackoff
 
 from lifekit import embedded
 from lifekit._errors import DeclarationError
@@ -216,13 +219,25 @@ async def test_close_disconnects_the_client(server: Valkey) -> None:
     await server.none_left()
 
 
-@pytest.mark.parametrize("kind", [ConnectionPool, BlockingConnectionPool])
-async def test_close_disconnects_a_pool_that_the_client_was_given(kind: Any, server: Valkey) -> None:
+class Watched(ConnectionPool):
+    """A pool that tells whether it was closed, rather than only cut off."""
+
+    closed = False
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        """What its closing does, in every version."""
+        await super().disconnect(inuse_connections)
+        self.closed = True
+
+
+async def test_close_closes_a_pool_that_the_client_was_given(server: Valkey) -> None:
     """`aclose()` alone would leave it open."""
-    client = await driver.open(Redis(connection_pool=kind(**server.address())))
+    pool = Watched(**server.address())
+    client = await driver.open(Redis(connection_pool=pool))
     await driver.check(client)
     await driver.close(client)
     await server.none_left()
+    assert pool.closed
 
 
 ENDS = [pytest.param(driver.close, id="close"), pytest.param(driver.terminate, id="terminate")]
@@ -238,10 +253,11 @@ async def end(how: Any, client: Client) -> None:
 @pytest.mark.parametrize("how", ENDS)
 async def test_a_command_in_flight_fails_and_does_not_reconnect(how: Any, server: Valkey) -> None:
     """redis-py would send it again over a new connection, up to ten times."""
-    client = await driver.open(Redis(**server.address()))
+    retry = Retry(ConstantBackoff(60), 10)
+    client = await driver.open(Redis(**server.address(retry=retry)))
     waiting = await in_flight(server, "blpop", client.blpop(["queue"]))
     await end(how, client)
-    with pytest.raises(exceptions.ConnectionError):
+    with pytest.raises(exceptions.ConnectionError), anyio.fail_after(5):
         await waiting
     await server.none_left()
 
@@ -461,3 +477,10 @@ async def test_a_cluster_that_is_forming_is_transient(cluster: Valkey) -> None:
 def test_only_a_server_that_is_not_ready_is_transient(error: Exception, passes: bool) -> None:
     """What a real server can't be made to say on demand."""
     assert driver.transient(error) is passes
+
+
+def test_a_bad_certificate_is_not_transient() -> None:
+    """It is a ConnectionError as well, and stays bad."""
+    error = exceptions.ConnectionError("certificate verify failed")
+    error.__context__ = ssl.SSLCertVerificationError()
+    assert not driver.transient(error)
