@@ -62,6 +62,11 @@ class Live:
             await self._open_value(made)
         self.is_open = True
 
+    @property
+    def closes(self) -> bool:
+        """Whether there is anything to do for its end."""
+        return bool(self.steps or self.terminate)
+
     async def check(self) -> None:
         """Raise unless the open value works, as its declaration or else its driver checks it."""
         if self.flaw is not None:

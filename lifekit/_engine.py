@@ -276,6 +276,8 @@ class Engine:
     def _opened(self, node: Node, live: Live) -> None:
         node.state = State.OPEN
         node.alarm = inf
+        if not live.closes:  # its task is over
+            del node.task, node.coroutine, node.scope, node.closing_scope
         # The one place where a value becomes visible, before anything that needs it begins.
         self.values[node.resource] = live.value
         if self._heard:
@@ -329,7 +331,10 @@ class Engine:
             self._emit(events.Closing(self.name, node.resource.name))
         self._arm(node, self._close_seconds(node))
         node.asked = True
-        node.wake.set()
+        if node.live is not None and node.live.closes:
+            node.wake.set()
+        else:
+            self._report(node, self._ended, None)
 
     def _close_failed(self, node: Node, failure: tuple[Phase, BaseException]) -> None:
         phase, error = failure
@@ -453,12 +458,14 @@ class Engine:
             if error is None and not node.scope.cancel_called:
                 assert node.live is not None
                 self._report(node, self._opened, node.live)
+                if not node.live.closes:
+                    return  # nothing is left for this task to do
                 await self._park(node, entered=node.live.entered)
             else:  # it failed, or was cancelled, or it arrived too late
                 reason = self._reason(node, error, cancelled=node.scope.cancel_called)
                 self._report(node, self._open_failed, reason)
                 del error
-            if node.live is not None and (node.live.steps or node.live.terminate):
+            if node.live is not None and node.live.closes:
                 await self._close(node, node.live)
         self._report(node, self._ended, None)
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    TypeVarTuple,
+    Unpack,
+    overload,
+)
 
 from ._errors import DeclarationError
 from ._graph import Plan, duplicate, refuse_duplicates
@@ -77,6 +87,17 @@ class Declare(Generic[*Needs]):
     def __call__(self, factory: Callable[..., Any]) -> Resource[Any]:
         """Declare *factory*; its handle takes its name."""
         return self._registry._declare(factory, self._needs, self._options)  # pyright: ignore[reportPrivateUsage]
+
+
+class DeclareMany(Protocol):
+    """`Declare` for more needs than type checkers count: it takes any factory."""
+
+    @overload
+    def __call__(self, factory: Callable[..., Entered[T]]) -> Resource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[..., Produced[T]]) -> Resource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[..., T]) -> Resource[T]: ...
 
 
 class Registry:
@@ -166,7 +187,7 @@ class Registry:
         /,
         *more: Resource[Any],
         **options: Unpack[Declaration],
-    ) -> Declare[A, B, C, D, E, F, G, *tuple[Any, ...]]: ...
+    ) -> DeclareMany: ...
     @overload
     def resource(self, **options: Unpack[Declaration]) -> Declare[()]: ...
     @overload

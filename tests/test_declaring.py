@@ -269,6 +269,7 @@ def test_a_plan_is_made_anew_of_handles_made_anew() -> None:
     first, last = chain("first", "last")
     other = replace(last, needs=(), name="other")
     assert plan("app", [first, last, other]).parents == ((), (0,), ())
+    assert plan("app", [first, last, first]).resources == (first, last)
     with refused("last", last.location, "first", "include"):
         plan("app", [last, other])
 
@@ -399,12 +400,14 @@ def test_a_generator_that_yields_twice_fails_the_stop_and_is_closed(is_async: bo
             log.append("closed")
 
     async def twice_async() -> AsyncGenerator[int]:
+        task = anyio.get_current_task().id
         try:
             yield 1
             log.append("closing")
             yield 2
         finally:
             await checkpoint()
+            assert anyio.get_current_task().id == task  # not by whoever collects it
             log.append("closed")
 
     factory: Callable[[], Any] = twice_async if is_async else twice

@@ -78,6 +78,12 @@ def test_the_critical_path_goes_back_by_what_ended_last_of_what_was_waited_for()
     assert whole.critical_path == ("slow", "last")
 
 
+def test_the_critical_path_ends_with_what_ended_last_whenever_it_began() -> None:
+    times = [(0.0, 1.0), (1.0, 2.0), (0.5, 3.0)]
+    whole = timeline("start", ["first", "second", "long"], times, [[], [0], []], 0.0)
+    assert whole.critical_path == ("long",)
+
+
 # -- of real runs, in virtual time -----------------------------------------------------------------
 
 

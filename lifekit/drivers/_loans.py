@@ -31,7 +31,7 @@ class Loans:
         return frame.f_code, frame.f_lineno, frame.f_globals.get("__name__", ""), name
 
     def note(self, key: object, site: Site) -> None:
-        """Remember where what *key* stands for was acquired; the key is held weakly."""
+        """Remember where the connection *key* was acquired; it is held weakly."""
         self._sites[key] = site
 
     def lines(self, out: Iterable[object]) -> list[str]:

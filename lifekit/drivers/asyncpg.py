@@ -42,7 +42,8 @@ class _Noting:
 
     async def _acquire(self, seconds: float | None) -> Any:
         connection = await cast(Any, super())._acquire(seconds)
-        _loans.note(connection._con, _loans.here())  # its holder takes no weakref before 0.32
+        # Not by the holder, which takes no weak reference before 0.32.
+        _loans.note(connection._con, _loans.here())
         return connection
 
 
@@ -124,7 +125,7 @@ def _server(pool: Any) -> str:
     login, _, address = url.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts = given.get("host") or address
-    host = ",".join(hosts) if isinstance(hosts, list | tuple) else hosts
+    host = ",".join(cast(list[str], hosts)) if isinstance(hosts, list | tuple) else hosts
     user, database = given.get("user") or user, given.get("database") or url.path[1:]
     if not (host or user or database):
         return "the server that PGHOST names"

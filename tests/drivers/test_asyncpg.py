@@ -444,7 +444,7 @@ async def test_a_holder_is_named_by_its_line_function_and_task(pools: Pools) -> 
 
 @pytest.mark.parametrize("seconds", [None, 5.0])
 async def test_a_forgotten_connection_is_named(seconds: float | None, pools: Pools) -> None:
-    """Acquired, dropped, never given back; with a timeout asyncpg acquires in a task of its own."""
+    """Acquired, dropped, never given back, with a timeout or without."""
     pool = await pools.open()
 
     async def slow_report() -> str:
