@@ -137,6 +137,8 @@ class Live:
 
     def _carries_its_closing(self, value: Any, leave: Call) -> None:
         self._take(value)
+        if self.driver is not None:
+            self.driver.watch(value)
         self.entered = True
         declared = self._declared_steps()
         # Alone it is the close; behind a declared close it is what ends the waiting.

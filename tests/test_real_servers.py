@@ -262,13 +262,22 @@ async def test_servers_that_are_killed_while_serving_do_not_stop_the_stop() -> N
                 await db.fetchval("SELECT 1")
 
 
-@pytest.mark.parametrize("kind", ["asyncpg", "aiopg"])
-async def test_a_connection_never_given_back_is_named_and_cut_off(clients: Clients, kind: str) -> None:
+@pytest.mark.parametrize("factory", ["function", "generator"])
+@pytest.mark.parametrize("driver", [asyncpg, aiopg])
+async def test_a_connection_never_given_back_is_named_and_cut_off(
+    clients: Clients, driver: Any, factory: str
+) -> None:
     registry = Registry(close_timeout=0.3)
-    if kind == "asyncpg":
-        pool: Any = registry.resource(name="pool")(lambda: asyncpg.create_pool(clients.postgres))
-    else:
-        pool = registry.resource(name="pool")(lambda: aiopg.create_pool(clients.postgres))
+
+    async def yielded() -> AsyncGenerator[Any]:
+        async with driver.create_pool(clients.postgres) as pool:
+            yield pool
+
+    def returned() -> Any:
+        return driver.create_pool(clients.postgres)
+
+    make: Any = returned if factory == "function" else yielded
+    pool: Any = registry.resource(name="pool")(make)
 
     async def careless() -> None:
         await pool.get().acquire()  # and never given back

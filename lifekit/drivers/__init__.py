@@ -28,6 +28,9 @@ class Driver(Generic[T]):
         """Open what a factory returned, and return the open value."""
         return value
 
+    def watch(self, value: T) -> None:
+        """Prepare for `holders`: called of a value that a generator or context manager opened."""
+
     async def check(self, value: T) -> None:
         """Raise unless the open value really works: one round trip, no side effect."""
 

@@ -66,15 +66,21 @@ class AiopgDriver(Driver[Pool]):
     """Pools of aiopg, as `aiopg.create_pool()` gives them."""
 
     async def open(self, value: Pool) -> Pool:
-        """Take a pool that is this lifespan's own; from here on it notes who holds connections."""
+        """Take a pool that is this lifespan's own, and watch it."""
         pool: Any = value
         if pool._loop is not running_loop():
             raise DeclarationError(f"this aiopg pool belongs to another event loop. {_MEND}")
         if pool._closing or pool.closed:
             raise DeclarationError(f"this aiopg pool is closed already. {_MEND}")
-        with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
-            pool.__class__ = _noting(pool.__class__)
+        self.watch(value)
         return value
+
+    def watch(self, value: Pool) -> None:
+        """Let the pool note who acquires its connections."""
+        pool: Any = value
+        if not isinstance(value, _Noting):
+            with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
+                pool.__class__ = _noting(pool.__class__)
 
     async def check(self, value: Pool) -> None:
         """Run one `SELECT 1`."""

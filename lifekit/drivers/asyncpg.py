@@ -56,16 +56,22 @@ class AsyncpgDriver(Driver[Pool]):
     """Pools of asyncpg, as `asyncpg.create_pool()` returns them, awaited or not."""
 
     async def open(self, value: Pool) -> Pool:
-        """Open a pool that is this lifespan's own; from here on it notes who holds connections."""
+        """Open a pool that is this lifespan's own, and watch it."""
         pool: Any = value
         if pool._loop is not running_loop():
             raise DeclarationError(f"this asyncpg pool belongs to another event loop. {_MEND}")
         if pool.is_closing():
             raise DeclarationError(f"this asyncpg pool is closed already. {_MEND}")
-        with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
-            pool.__class__ = _noting(pool.__class__)
+        self.watch(value)
         await pool
         return value
+
+    def watch(self, value: Pool) -> None:
+        """Let the pool note who acquires its connections."""
+        pool: Any = value
+        if not isinstance(value, _Noting):
+            with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
+                pool.__class__ = _noting(pool.__class__)
 
     async def check(self, value: Pool) -> None:
         """Run one `SELECT 1`."""
