@@ -30,14 +30,21 @@ def clock() -> Callable[[], float]:
     return current_time
 
 
-def spawn(coroutine: Coroutine[Any, Any, None], name: str) -> object:
+def spawn(
+    coroutine: Coroutine[Any, Any, None], name: str, never_ran: Callable[[], None] | None = None
+) -> object:
     """Run *coroutine* in a task that no scope of the caller encloses; it must not raise.
 
-    Keep what is returned for as long as the task lives: asyncio does not.
+    Keep what is returned for as long as the task lives: asyncio does not. Call *never_ran* if the
+    task is cancelled before its first step, of which the coroutine itself is not told.
     """
     loop = asyncio._get_running_loop()
     if loop is not None:
-        return loop.create_task(coroutine, name=name)
+        task = loop.create_task(coroutine, name=name)
+        if never_ran is not None:
+            # What runs here swallows its cancellations, so that a cancelled task is one that never ran.
+            task.add_done_callback(lambda task: never_ran() if task.cancelled() else None)
+        return task
     from trio import lowlevel
 
     return lowlevel.spawn_system_task(lambda: coroutine, name=name, context=copy_context())

@@ -50,7 +50,7 @@ class Live:
     async def open(self, needs: Sequence[Any]) -> None:
         """Call the factory with the live values of *needs* and open what it returns."""
         made: Any = self.resource.factory(*needs)
-        if _is(made, Coroutine):
+        while _is(made, Coroutine):  # an async function may return a driver's own coroutine
             made = await made
         if inspect.isasyncgen(made):
             self._carries_its_closing(await self._first(made), partial(self._finish, made))
@@ -90,7 +90,7 @@ class Live:
     def holders(self) -> Sequence[str]:
         """Return who holds parts of the value, where its driver knows."""
         try:
-            return self.driver.holders(self.value) if self.driver is not None else ()
+            return tuple(self.driver.holders(self.value)) if self.driver is not None else ()
         except Exception as error:
             return (f"not known: holders() failed: {summary(error)}",)
 
@@ -98,9 +98,7 @@ class Live:
 
     async def _open_value(self, value: Any) -> None:
         self._take(value)
-        options = self.resource.options
-        if (options.close, options.wait_closed) != (None, None):
-            self.steps = self._declared_steps()
+        self.steps = self._declared_steps()
         if self.driver is not None:
             if not self.steps:
                 self.steps = (
@@ -112,18 +110,15 @@ class Live:
             await self._by_protocol(value)
 
     async def _by_protocol(self, value: Any) -> None:
-        close, wait_closed = self._method("close"), self._method("wait_closed")
-        aclose = self._method("aclose")
-        if close and wait_closed:
-            self.steps = (("close", close), ("wait_closed", wait_closed))
-        elif aclose:
-            self.steps = (("close", aclose),)
-        elif _has(value, "__aenter__") and _has(value, "__aexit__"):
+        if _is_entered(value):
             await self._enter(value)
-        elif close:
-            self.steps = (("close", close),)
-        elif _has(value, "__enter__") and _has(value, "__exit__"):
-            await self._enter(value)
+            return
+        two_phases = _has(value, "close") and _has(value, "wait_closed")
+        close = "close" if two_phases or not _has(value, "aclose") else "aclose"
+        phases: tuple[tuple[Phase, str], ...] = (("close", close), ("wait_closed", "wait_closed"))
+        for phase, name in phases[: 1 + two_phases]:
+            if (method := self._method(name)) is not None:
+                self.steps = (*self.steps, (phase, method))
 
     async def _enter(self, manager: Any) -> None:
         kind = cast("Any", type(manager))
@@ -258,16 +253,26 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind)
 
 
+def _is_entered(value: object) -> bool:
+    # Of the ways to close a value, that of an async context manager comes behind `aclose` and
+    # before `close`; a sync one comes last.
+    if _has(value, "aclose") or (_has(value, "close") and _has(value, "wait_closed")):
+        return False
+    if _has(value, "__aenter__") and _has(value, "__aexit__"):
+        return True
+    return _has(value, "__enter__") and _has(value, "__exit__") and not _has(value, "close")
+
+
 def _has(value: object, name: str) -> bool:
     # Not of the value: one that invents attributes on demand has no `close` of its own.
     # A class that is itself the value has what its instances have, and can't be called for it.
     if isinstance(value, type):
         return False
     try:
-        own: object = object.__getattribute__(value, "__dict__")
+        own: dict[str, object] = object.__getattribute__(value, "__dict__")
     except AttributeError:
-        own = ()
-    return hasattr(type(value), name) or name in cast("dict[str, object]", own)
+        own = {}
+    return own.get(name, getattr(type(value), name, None)) is not None
 
 
 def _takes_nothing(method: Call) -> bool:

@@ -69,6 +69,7 @@ class Node:
         "cut",
         "index",
         "last_error",
+        "left",
         "live",
         "open_began",
         "opened_at",
@@ -78,7 +79,6 @@ class Node:
         "scope",
         "state",
         "task",
-        "terminated",
         "wake",
     )
 
@@ -101,7 +101,7 @@ class Node:
         self.armed_for = inf  # the seconds that it had
         self.asked = False
         self.clean = True
-        self.terminated = False  # by the owner, who left it behind
+        self.left = False  # behind, by the owner
         self.open_began: float | None = None
         self.opened_at: float | None = None  # or when the opening failed
         self.close_began: float | None = None
@@ -146,6 +146,7 @@ class Engine:
         self._stop_asked = False
         self._unopened = len(self.own)
         self._running = 0
+        self._tasks: list[object] = []  # asyncio itself does not keep them
         self._reports: list[tuple[Node, Callable[[Node, Any], None], object]] = []
         self._alarms: list[tuple[float, int]] = []
         self._next_alarm = -inf
@@ -153,7 +154,7 @@ class Engine:
 
     def start(self) -> None:
         """Spawn the owner."""
-        self.task = spawn(self._own(), f"lifekit {self.name}")
+        self.task = spawn(self._own(), f"lifekit {self.name}", self._never_ran)
 
     def stop(self) -> None:
         """Ask for the end; while it still starts, for the rollback."""
@@ -222,13 +223,28 @@ class Engine:
                 self._all_open()
             while not (self.stopping and self._running == 0):
                 await self._sleep()
-                self._turn()
+                try:
+                    self._turn()
+                except Exception as error:  # no fault in one resource may leave the others open
+                    self.interrupts.append(error)
+                    self._stop_asked = True
             if self._heard:
                 self._emit(events.Stopped(self.name, self.stop_timeline()))
         finally:
             self._on_finished()
             self.ready.set()
             self.finished.set()
+
+    def _never_ran(self) -> None:
+        self.stopping = True
+        self._on_finished()
+        self.ready.set()
+        self.finished.set()
+
+    def _never_began(self, node: Node) -> None:
+        came = None if node.scope.cancel_called else LifekitError(f"{node.resource.name} was cancelled")
+        self._report(node, self._open_failed, came)
+        self._report(node, self._ended, None)
 
     async def _sleep(self) -> None:
         # Until the stop the owner lets itself be cancelled: that is how an event loop which ends
@@ -254,7 +270,7 @@ class Engine:
         # In declaration order, so that every run of one plan tells the same story.
         reports, self._reports = self._reports, []
         for node, happened, what in sorted(reports, key=lambda report: report[0].index):
-            if node.state is not State.ENDED:  # else it was left behind, and speaks too late
+            if node.state is not State.ENDED:
                 happened(node, what)
         for when, index in overdue:
             if self.nodes[index].alarm == when:
@@ -270,8 +286,9 @@ class Engine:
             self._emit(events.Opening(self.name, node.resource.name))
         self._arm(node, self._start_seconds(node))
         node.scope, node.closing_scope = CancelScope(shield=True), CancelScope()
-        node.coroutine = self._life(node)
-        node.task = spawn(node.coroutine, f"lifekit {self.name}.{node.resource.name}")
+        node.coroutine = self._guarded_life(node)
+        name = f"lifekit {self.name}.{node.resource.name}"
+        node.task = spawn(node.coroutine, name, lambda: self._never_began(node))
 
     def _opened(self, node: Node, live: Live) -> None:
         node.state = State.OPEN
@@ -363,7 +380,7 @@ class Engine:
 
     def _overdue(self, node: Node) -> None:
         told_to_end = node.cut is not None or (node.state is State.OPENING and self.stopping)
-        if told_to_end:
+        if told_to_end or node.left:
             self._leave_behind(node)
         elif node.state is State.OPENING:
             node.cut = self._deadline_error(node)
@@ -377,17 +394,25 @@ class Engine:
             node.closing_scope.cancel()
 
     def _leave_behind(self, node: Node) -> None:
+        if node.left:  # its terminate hangs as well
+            self._ended(node, None)
+            return
         error = self._deadline_error(node, abandoned=True)
         if node.state is State.OPENING:
+            node.opened_at = self.now()
             self._open_failed(node, error)
         else:
             self._close_failed(node, (node.phase, error))
-            if node.phase != "terminate" and node.live is not None and node.live.terminate:
-                task = spawn(_quietly(node.live.terminate), f"lifekit {node.resource.name} terminate")
-                node.task, node.terminated = (node.task, task), True
-                self._terminated(node, None)
         live = node.live
-        self._ended(node, None)
+        if live is None or not live.terminate or node.phase == "terminate":
+            self._ended(node, None)
+        else:
+            self._terminated(node, None)
+            self._arm(node, 2 * LAST_CALL)
+            self._tasks.append(
+                spawn(self._terminate(node, live.terminate), f"lifekit {node.resource.name}")
+            )
+        node.left = True
         node.live = live  # its task still has it, and closes it should the opening ever succeed
 
     def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
@@ -415,6 +440,8 @@ class Engine:
         self._arm_at(node, self.now() + seconds)
 
     def _arm_at(self, node: Node, when: float) -> None:
+        if node.left:
+            return
         node.alarm = when
         if when < inf:
             heapq.heappush(self._alarms, (when, node.index))
@@ -438,8 +465,20 @@ class Engine:
     # -- a resource's own task ------------------------------------------------------------------
 
     def _report(self, node: Node, happened: Callable[[Node, Any], None], what: object) -> None:
-        self._reports.append((node, happened, what))
-        self._bell.set()
+        if not node.left:  # else it speaks too late
+            self._reports.append((node, happened, what))
+            self._bell.set()
+
+    async def _guarded_life(self, node: Node) -> None:
+        try:
+            await self._life(node)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            # A factory, or a closing, left a scope of its own open in this task.
+            redact_error(error)
+            self._report(node, self._close_failed, (node.phase, error))
+            self._report(node, self._ended, None)
 
     async def _life(self, node: Node) -> None:
         # Both scopes stand around the whole life, because a generator factory may have scopes of
@@ -455,12 +494,14 @@ class Engine:
             except BaseException as raised:
                 error = raised
             node.opened_at = self.now()
-            if error is None and not node.scope.cancel_called:
+            if error is None and node.opened_at > node.alarm and node.cut is None:
+                node.cut = self._deadline_error(node)  # it never let go of the loop
+            if error is None and not node.scope.cancel_called and node.cut is None:
                 assert node.live is not None
                 self._report(node, self._opened, node.live)
                 if not node.live.closes:
                     return  # nothing is left for this task to do
-                await self._park(node, entered=node.live.entered)
+                await self._park(node)
             else:  # it failed, or was cancelled, or it arrived too late
                 reason = self._reason(node, error, cancelled=node.scope.cancel_called)
                 self._report(node, self._open_failed, reason)
@@ -504,7 +545,10 @@ class Engine:
             await node.live.check()
         except BaseException as error:
             for driver in drivers.loaded():
-                driver.salvage(error)
+                try:
+                    driver.salvage(error)
+                except Exception as second:
+                    events.logger.error(f"salvage of {type(driver).__name__} failed: {summary(second)}")
             raise
 
     async def _undo(self, node: Node, live: Live) -> bool:
@@ -515,17 +559,14 @@ class Engine:
         node.live = None
         return clean and not node.scope.cancel_called
 
-    async def _park(self, node: Node, *, entered: bool) -> None:
+    async def _park(self, node: Node) -> None:
         node.wake = anyio.Event()
         while not node.asked:
             try:
-                if not entered:
+                # Shielded from the factory's own task group, which may be cancelled meanwhile: why,
+                # comes out where the factory leaves it, at the closing.
+                with CancelScope(shield=True):
                     await node.wake.wait()
-                else:
-                    # The factory's own task group may be cancelled meanwhile: why, comes out where
-                    # the factory leaves it, at the closing.
-                    with CancelScope(shield=True):
-                        await node.wake.wait()
             except GeneratorExit:
                 raise
             except BaseException as error:
@@ -538,7 +579,7 @@ class Engine:
         node.close_began = self.now() if node.close_began is None else node.close_began
         if not node.asked:  # else the owner has set its alarm
             self._arm(node, self._close_seconds(node))
-        if node.state is State.ENDED:  # left behind while it opened: nobody watches its time
+        if node.left:  # while it opened: nobody watches its time any more
             node.closing_scope.deadline = self.now() + LAST_CALL
         clean = True
         for phase, step in live.steps if live.is_open else ():
@@ -546,12 +587,27 @@ class Engine:
             if clean or (live.entered and step is live.steps[-1][1]):
                 clean &= await self._step(node, phase, step)
         in_order = clean and live.is_open and live.flaw is None
-        if live.terminate and not in_order and not node.terminated:
+        if live.terminate and not in_order and not node.left:
             self._report(node, self._terminated, None)
             self._arm(node, min(LAST_CALL, self._timeout(node)))
+            around = node.closing_scope
             with CancelScope(shield=True, deadline=self.now() + 2 * LAST_CALL) as node.closing_scope:
                 clean &= await self._step(node, "terminate", live.terminate)
+            node.closing_scope = around
         return clean
+
+    async def _terminate(self, node: Node, call: Call) -> None:
+        # In a task of its own: that of the resource was left behind.
+        try:
+            with CancelScope(shield=True, deadline=self.now() + LAST_CALL):
+                await settle(call())
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            redact_error(error)
+            self._reports.append((node, self._close_failed, ("terminate", error)))
+        self._reports.append((node, self._ended, None))
+        self._bell.set()
 
     async def _step(self, node: Node, phase: Phase, step: Call) -> bool:
         node.phase = phase
@@ -574,10 +630,9 @@ class Engine:
         if error is not None:
             redact_error(error)
         ours = get_cancelled_exc_class()
-        if isinstance(error, BaseExceptionGroup):
-            group = cast("BaseExceptionGroup[BaseException]", error)
-            error = group.split(ours)[1] or group.exceptions[0]
         real = None if isinstance(error, ours) else error
+        if isinstance(error, BaseExceptionGroup):
+            real = cast("BaseExceptionGroup[BaseException]", error).split(ours)[1]
         if node.cut is not None:
             cut, node.cut = node.cut, None
             cut.__cause__ = real or node.last_error
@@ -590,11 +645,3 @@ class Engine:
 
 def _between(began: float | None, ended: float | None) -> float:
     return 0.0 if began is None or ended is None else ended - began
-
-
-async def _quietly(call: Call) -> None:
-    try:
-        with CancelScope(shield=True, deadline=clock()() + LAST_CALL):
-            await settle(call())
-    except BaseException as error:
-        events.logger.error(f"terminate of what was left behind failed: {summary(error)}")

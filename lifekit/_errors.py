@@ -17,7 +17,7 @@ LifekitError
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from ._redact import redact
 
@@ -26,6 +26,10 @@ Phase = Literal["open", "check", "close", "wait_closed", "terminate"]
 
 class LifekitError(Exception):
     """The base of everything that lifekit raises."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew from its text and its attributes, whatever its own __init__ asks for.
+        return _made_anew, (type(self), self.args, self.__dict__)
 
 
 class DeclarationError(LifekitError):
@@ -99,8 +103,10 @@ class _FailureGroup(LifekitError, ExceptionGroup[Exception]):
 
     failures: tuple[tuple[str, BaseException], ...] = ()
 
-    def derive(self, excs: Sequence[Exception], /) -> ExceptionGroup[Exception]:  # type: ignore[override]
-        return ExceptionGroup(self.message, excs)
+    def derive(self, excs: Sequence[Exception], /) -> Self:  # type: ignore[override]
+        part = type(self)(self.message, excs)
+        part.__dict__.update(self.__dict__)
+        return part
 
 
 class StartupError(_FailureGroup):
@@ -182,12 +188,28 @@ class SandboxUnsupportedError(SandboxError):
 
 def summary(error: BaseException) -> str:
     """Return an error's type and text in one line, with no password in it."""
-    text = redact(str(error)).strip().partition("\n")[0]
+    text = _text(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _text(error: BaseException) -> str:
+    try:
+        return redact(str(error))
+    except Exception as broken:  # an error that can't say what it is must not hide that it came
+        return f"its text can't be had: {type(broken).__name__}"
+
+
+def _made_anew(
+    kind: type[LifekitError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> LifekitError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
 def _line(name: str, location: str, error: Exception) -> str:
-    text = redact(str(error))
+    text = _text(error)
     if not text.startswith(f"{name} ({location})"):  # else it is one of lifekit's own
         text = f"{name} ({location}): {summary(error)}"
     return "\n".join(f"  {line}" for line in text.splitlines())

@@ -43,6 +43,7 @@ class Lifespan(Mapping[str, Any]):
         self._plan = plan
         self._names = {resource.name: resource for resource in plan.resources}
         self._engine: Engine | None = None
+        self._left = False
 
     # -- values -----------------------------------------------------------------------------
 
@@ -95,10 +96,10 @@ class Lifespan(Mapping[str, Any]):
 
     def _lifespans(self) -> dict[str, Lifespan]:
         # Under these keys a request's own state leads from a handle to this lifespan.
-        return dict.fromkeys({resource.registry.key: None for resource in self._plan.resources}, self)
+        return {registry.key: self for registry in self._registries()}
 
     def _why_not_open(self, resource: Resource[Any]) -> str:
-        if resource not in self._plan.resources:
+        if not self.declares(resource):
             return (
                 f"{resource.name} ({resource.location}) belongs to the registry "
                 f"{resource.registry.name!r}, and this is a lifespan of {self.registry.name!r}. "
@@ -111,6 +112,10 @@ class Lifespan(Mapping[str, Any]):
             "Use it inside `async with registry.lifespan()`."
         )
 
+    def declares(self, resource: Resource[Any]) -> bool:
+        """Return whether it is one of this lifespan's resources, open or not."""
+        return self._names.get(resource.name) is resource
+
     # -- running ----------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
@@ -118,6 +123,7 @@ class Lifespan(Mapping[str, Any]):
 
         Raises:
             StartupError: Something failed to open; what had opened is closed again.
+            LifekitError: It has run before, or its event loop ended while it started.
         """
         if self._engine is not None:
             raise LifekitError(f"the lifespan made at {self.location} has run: make another one")
@@ -159,8 +165,14 @@ class Lifespan(Mapping[str, Any]):
 
         Raises:
             ShutdownError: Some closings failed; everything else was closed all the same.
+            WrongLoopError: It runs in another event loop, and goes on.
+            LifekitError: It was not entered.
         """
-        assert self._engine is not None
+        if self._engine is None:
+            raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
+        if self._engine.finished.is_set() and self._left:
+            return
+        self._left = True
         self._refuse_another_loop(self.registry.name)
         self._engine.stop()
         await self._after(self._engine, error if not isinstance(error, Exception) else None)

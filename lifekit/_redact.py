@@ -2,7 +2,7 @@
 
 import re
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 # Servers' own parsers disagree on which characters a password may hold as they are. In doubt too
 # much is taken out: up to the last @ of the authority, or even beyond a slash; but no port.
@@ -40,7 +40,8 @@ def redact_error(error: BaseException) -> None:
         seen.add(id(each))
         with suppress(Exception):  # an error whose class forbids it
             _redact_texts(each)
-        held: tuple[BaseException, ...] = getattr(each, "exceptions", ())
+        group = cast("BaseExceptionGroup[BaseException]", each)
+        held = group.exceptions if isinstance(each, BaseExceptionGroup) else ()
         left += [linked for linked in (each.__cause__, each.__context__, *held) if linked is not None]
 
 

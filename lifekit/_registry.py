@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import (
@@ -120,6 +121,9 @@ class Registry:
         grace: float = 25.0,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
+        timeouts = {"start_timeout": start_timeout, "close_timeout": close_timeout, "grace": grace}
+        for option, value in timeouts.items():
+            _refuse_unless(_is_seconds(value), caller(), option, value, _SECONDS)
         self.name = name
         self.start_timeout = start_timeout
         self.close_timeout = close_timeout
@@ -218,7 +222,7 @@ class Registry:
                 f"{caller()}: a resource has no option {', '.join(sorted(unknown))}. It has "
                 f"{', '.join(Declaration.__annotations__)}."
             )
-        after: Any = options.get("after", ())
+        after: Any = options.get("after") or ()
         if isinstance(after, Resource):
             raise DeclarationError(f"{caller()}: after takes several handles: after=[{after.name}].")
         options["after"] = after = tuple(after)
@@ -271,6 +275,7 @@ class Registry:
         options: Declaration | None = None,
     ) -> Resource[Any]:
         options = options if options is not None else {}
+        _refuse_bad_options(options)
         if not callable(factory):
             raise DeclarationError(
                 f"{caller()}: a {type(factory).__name__} stands where a factory is expected. A value "
@@ -279,7 +284,7 @@ class Registry:
             )
         location = definition(factory)
         name = options.get("name") or str(getattr(factory, "__name__", ""))
-        if not name.isidentifier():
+        if not name.isidentifier() or keyword.iskeyword(name):
             raise DeclarationError(
                 f"{location}: {name!r} can't be a resource's name, since request.state.<name> is how "
                 "requests reach it. Give it another: name='…'."
@@ -333,6 +338,38 @@ class Registry:
             if isinstance(entry, Registry) and (path := entry._path_to(target)):
                 return (self, *path)
         return ()
+
+
+_SECONDS = "seconds, 0 or more; math.inf is no limit"
+_STEP = "a method's name, or a function of the value"
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _refuse_unless(fits: bool, where: str, option: str, value: object, wanted: str) -> None:
+    if not fits:
+        raise DeclarationError(f"{where}: {option}={value!r} can't be. It takes {wanted}.")
+
+
+def _refuse_bad_options(options: Declaration) -> None:
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        match option:
+            case "start_timeout" | "close_timeout":
+                _refuse_unless(_is_seconds(value), caller(), option, value, _SECONDS)
+            case "retry":
+                counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+                _refuse_unless(counts, caller(), option, value, "how many more attempts: 0 or more")
+            case "name":
+                _refuse_unless(isinstance(value, str), caller(), option, value, "a name")
+            case "check" | "close" | "wait_closed" | "terminate":
+                _refuse_unless(
+                    isinstance(value, str) or callable(value), caller(), option, value, _STEP
+                )
+            case _:
+                pass
 
 
 def _refuse_unfit(factory: Callable[..., Any], name: str, location: str, needs: int) -> None:

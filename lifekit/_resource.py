@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -93,7 +93,3 @@ class Resource(Generic[T_co]):
 
     def __repr__(self) -> str:
         return f"<Resource {self.name!r} of {self.registry.name!r}, {self.location}>"
-
-
-AnyResource = Resource[Any]
-Awaited = Awaitable[object]

@@ -29,13 +29,15 @@ def find(resource: Resource[T]) -> T:
     here = running_loop()
     elsewhere: Lifespan | None = None
     for lifespan in _candidates(resource, here):
+        if not lifespan.declares(resource):
+            continue
+        # A thread without a loop of its own got here with its starter's context.
+        if here is None or lifespan.loop is here:
+            return lifespan[resource]  # it is this one's, or nobody's
         if resource in lifespan.values:
-            # A thread without a loop of its own got here with its starter's context.
-            if here is None or lifespan.loop is here:
-                return lifespan.values[resource]  # type: ignore[no-any-return]
-            elsewhere = lifespan
+            elsewhere = elsewhere or lifespan
     if elsewhere is None and here is not None:
-        others = [each for many in resource.registry.running.values() for each in many]
+        others = [each for many in list(resource.registry.running.values()) for each in many]
         elsewhere = next((each for each in others if resource in each.values), None)
     if elsewhere is None:
         if here is None:

@@ -86,4 +86,6 @@ def timeline(
         for index in ranked
     ]
     seconds = max((end - began for _, end in ran.values()), default=0.0)
-    return Timeline(f"{title} in {seconds:.3f} s, {len(spans)} resources", tuple(spans))
+    return Timeline(
+        f"{title} in {seconds:.3f} s, {len(spans)} resource{'s'[: len(spans) != 1]}", tuple(spans)
+    )

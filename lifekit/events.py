@@ -135,6 +135,6 @@ def log(event: Event) -> None:
         case Terminated():
             logger.warning(f"{event.resource} terminated")
         case Started() | Stopped():
-            logger.info(f"{event.registry}: {event.timeline.title}")
+            logger.info(event.timeline.title)
         case _:
             logger.debug(f"{event.registry}: {event}")

@@ -337,12 +337,12 @@ def test_each_opening_and_each_closing_is_one_line_with_its_seconds(
         ("INFO", "cache opened in 0.125 s: int"),
         ("INFO", "links opened in 2.000 s: NoneType"),
         ("INFO", "slow opened in 4.500 s: NoneType"),
-        ("INFO", "shop: start of shop in 5.875 s, 4 resources"),
+        ("INFO", "start of shop in 5.875 s, 4 resources"),
         ("INFO", "links closed in 0.000 s"),
         ("INFO", "slow closed in 0.000 s"),
         ("INFO", "cache closed in 0.000 s"),
         ("INFO", "db closed in 0.500 s"),
-        ("INFO", "shop: stop of shop in 0.500 s, 4 resources"),
+        ("INFO", "stop of shop in 0.500 s, 4 resources"),
     ]
 
 
@@ -363,7 +363,7 @@ def test_failures_are_errors_what_is_tried_again_or_cut_off_a_warning(
         ("ERROR", "cache failed in close: ConnectionError: first line"),
         ("WARNING", "cache terminated"),
         ("INFO", "db closed in 0.500 s"),
-        ("INFO", "shop: stop of shop in 0.500 s, 2 resources"),
+        ("INFO", "stop of shop in 0.500 s, 2 resources"),
     ]
 
 
@@ -393,5 +393,5 @@ async def test_a_listener_does_not_silence_the_log(caplog: pytest.LogCaptureFixt
         await once(registry)
     assert len(heard) == len(ORDINARY)
     assert [line.split()[0] for line in caplog.messages] == (
-        ["db", "links", "shop:", "links", "db", "shop:"]
+        ["db", "links", "start", "links", "db", "stop"]
     )

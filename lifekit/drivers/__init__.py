@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
-
-from .._redact import redact
 
 __all__ = ["Driver", "find", "loaded", "register"]
 
@@ -45,7 +44,7 @@ class Driver(Generic[T]):
 
     def describe(self, value: T) -> str:
         """Return what it is in a few words, with no password."""
-        return redact(type(value).__name__)
+        return type(value).__name__
 
     def holders(self, value: T) -> Sequence[str]:
         """Return who still holds parts of it: code lines, with their tasks where known."""
@@ -94,8 +93,9 @@ def loaded() -> Iterator[Driver[Any]]:
     """Yield the drivers of what the application has imported, and the registered ones."""
     yield from dict.fromkeys(_registered.values())
     for package, module in _PACKAGES.items():
-        if package in sys.modules:
-            yield _load(module)
+        if sys.modules.get(package) is not None:
+            with suppress(ImportError):  # a stand-in for the package, which no driver fits
+                yield _load(module)
 
 
 def _load(module: str) -> Driver[Any]:

@@ -1,0 +1,436 @@
+"""What comes at a bad moment, or in a bad shape, hides nothing and hangs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import pickle
+import sys
+import time
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import pytest
+from anyio import CancelScope
+
+from lifekit import (
+    DeadlineError,
+    DeclarationError,
+    Driver,
+    LifekitError,
+    NotOpenError,
+    Registry,
+    ShutdownError,
+    StartupError,
+)
+from lifekit.drivers import register
+
+from . import virtual_time
+
+in_virtual_time = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+@pytest.mark.parametrize("place", [1, 2, 3], ids=["owner", "first", "second"])
+def test_a_task_of_lifekits_cancelled_before_its_first_step_hangs_nothing(place: int) -> None:
+    registry = Registry()
+    log: list[str] = []
+
+    @registry.resource
+    async def first() -> AsyncGenerator[None]:
+        yield
+        log.append("first closed")
+
+    registry.resource(first, name="second")(lambda _: None)
+
+    async def main() -> None:
+        made: list[asyncio.Task[Any]] = []
+
+        def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **more: Any) -> asyncio.Task[Any]:
+            made.append(asyncio.Task(coroutine, loop=loop, **more))
+            if len(made) == place:
+                made[-1].cancel()
+            return made[-1]
+
+        asyncio.get_running_loop().set_task_factory(factory)
+        with pytest.raises(LifekitError):
+            async with asyncio.timeout(5), registry.lifespan():
+                raise AssertionError("it can't have started")
+
+    asyncio.run(main())
+    assert log == (["first closed"] if place == 3 else [])
+    assert not registry.running
+
+
+@in_virtual_time
+def test_a_rolled_back_tree_of_task_groups_hides_no_failure(backend: str) -> None:
+    async def main() -> None:
+        registry = Registry()
+
+        @registry.resource
+        async def tree() -> None:
+            async with anyio.create_task_group() as outer:
+                for _ in range(2):
+
+                    async def branch() -> None:
+                        async with anyio.create_task_group() as inner:
+                            inner.start_soon(anyio.sleep_forever)
+                            inner.start_soon(anyio.sleep_forever)
+
+                    outer.start_soon(branch)
+
+        @registry.resource
+        async def failing() -> None:
+            await anyio.sleep(1)
+            raise ValueError("real")
+
+        with pytest.raises(StartupError) as caught:
+            async with registry.lifespan():
+                pass
+        assert [str(error) for error in caught.value.exceptions] == ["real"]
+
+    virtual_time.run(main, backend)
+
+
+class Slow:
+    """A value whose driver fails to open it once, and then hangs."""
+
+
+class SlowDriver(Driver[Slow]):
+    """Its driver."""
+
+    def __init__(self) -> None:
+        self.attempts = 0
+
+    async def open(self, value: Slow) -> Slow:
+        self.attempts += 1
+        if self.attempts == 1:
+            raise ConnectionRefusedError
+        await anyio.sleep_forever()
+        return value
+
+
+@in_virtual_time
+def test_a_later_attempt_keeps_to_the_deadline_too(backend: str) -> None:
+    async def main() -> None:
+        register(Slow, SlowDriver())
+        registry = Registry(start_timeout=5)
+        registry.resource(retry=3, name="slow")(Slow)
+        began = anyio.current_time()
+        with pytest.raises(StartupError) as caught:
+            async with registry.lifespan():
+                pass
+        (error,) = caught.value.exceptions
+        assert isinstance(error, DeadlineError)
+        assert not error.abandoned
+        assert anyio.current_time() - began == pytest.approx(5, abs=0.1)
+
+    virtual_time.run(main, backend)
+
+
+@in_virtual_time
+def test_what_was_left_behind_ends_once(backend: str) -> None:
+    async def main() -> None:
+        log: list[str] = []
+
+        async def deaf(seconds: float) -> None:
+            with CancelScope(shield=True):
+                await anyio.sleep(seconds)
+
+        class Deaf:
+            async def aclose(self) -> None:
+                await deaf(100)
+
+        registry = Registry(start_timeout=1, close_timeout=1)
+
+        @registry.resource
+        async def parent() -> AsyncGenerator[None]:
+            yield
+            log.append("parent closed")
+
+        @registry.resource(after=[parent], close_timeout=20)
+        async def slow() -> AsyncGenerator[None]:
+            yield
+            await anyio.sleep(15)
+            log.append("slow closed")
+
+        @registry.resource(after=[parent])
+        async def late() -> Deaf:
+            await deaf(4)
+            return Deaf()
+
+        with pytest.raises(StartupError):
+            async with registry.lifespan():
+                pass
+        assert log == ["slow closed", "parent closed"]
+
+    virtual_time.run(main, backend)
+
+
+@in_virtual_time
+def test_an_async_terminate_of_what_was_left_behind_is_waited_for(backend: str) -> None:
+    async def main() -> None:
+        log: list[str] = []
+
+        class Stuck:
+            async def aclose(self) -> None:
+                with CancelScope(shield=True):
+                    await anyio.sleep(100)
+
+            async def terminate(self) -> None:
+                await anyio.sleep(0.5)
+                log.append("terminated")
+
+        registry = Registry()
+        registry.resource(name="stuck")(Stuck)
+        with pytest.raises(ShutdownError):
+            async with registry.lifespan():
+                pass
+        assert log == ["terminated"]
+
+    virtual_time.run(main, backend)
+
+
+def test_a_sync_factory_that_outlives_its_deadline_fails_and_is_closed() -> None:
+    log: list[str] = []
+
+    async def main() -> None:
+        registry = Registry(start_timeout=0.05)
+
+        @registry.resource
+        def blocking() -> Any:
+            time.sleep(0.1)  # the loop stands still; nothing can cut this off
+            return SimpleNamespace(close=lambda: log.append("closed"))
+
+        with pytest.raises(StartupError) as caught:
+            async with registry.lifespan():
+                pass
+        assert isinstance(caught.value.exceptions[0], DeadlineError)
+
+    anyio.run(main)
+    assert log == ["closed"]
+
+
+@in_virtual_time
+def test_a_scope_left_open_is_a_failure_of_its_resource_alone(backend: str) -> None:
+    async def main() -> None:
+        log: list[str] = []
+        registry = Registry()
+
+        @registry.resource
+        async def parent() -> AsyncGenerator[None]:
+            yield
+            log.append("parent closed")
+
+        @registry.resource(parent)
+        async def careless(parent: None) -> None:
+            CancelScope().__enter__()
+
+        with pytest.raises(ShutdownError) as caught:
+            async with registry.lifespan():
+                log.append("body")
+        assert caught.value.failures[0][0] == "careless"
+        assert log == ["body", "parent closed"]
+
+    virtual_time.run(main, backend)
+
+
+@in_virtual_time
+def test_a_dead_task_group_that_was_entered_by_hand_is_waited_out_without_spinning(
+    backend: str,
+) -> None:
+    async def main() -> None:
+        class Workers:
+            async def start(self) -> Workers:
+                self.tasks = await anyio.create_task_group().__aenter__()
+                self.tasks.start_soon(self.die)
+                return self
+
+            async def die(self) -> None:
+                raise ValueError("worker")
+
+            async def aclose(self) -> None:
+                await self.tasks.__aexit__(None, None, None)
+
+        registry = Registry()
+        registry.resource(name="workers")(lambda: Workers().start())
+        with pytest.raises(ShutdownError) as caught:
+            async with registry.lifespan():
+                began = time.process_time()
+                await anyio.sleep(1)
+                assert time.process_time() - began < 0.5
+        assert isinstance(caught.value.exceptions[0], ExceptionGroup)
+
+    virtual_time.run(main, backend)
+
+
+class Odd(Exception):
+    """An error with attributes and a text that are not what they seem."""
+
+    exceptions = None
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def test_an_error_of_an_odd_shape_is_still_told() -> None:
+    async def main() -> None:
+        registry = Registry()
+
+        @registry.resource
+        def odd() -> None:
+            raise Odd
+
+        with pytest.raises(StartupError) as caught:
+            async with registry.lifespan():
+                pass
+        assert isinstance(caught.value.exceptions[0], Odd)
+
+    anyio.run(main)
+
+
+def test_a_driver_that_fails_beside_a_failure_does_not_replace_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failing(Driver[Odd]):
+        def salvage(self, error: BaseException) -> None:
+            raise KeyError
+
+        def holders(self, value: Odd) -> Any:
+            return None
+
+    register(Odd, Failing())
+    monkeypatch.setitem(sys.modules, "aiopg", None)
+
+    async def main() -> None:
+        registry = Registry()
+
+        @registry.resource
+        def failing() -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(StartupError) as caught:
+            async with registry.lifespan():
+                pass
+        assert isinstance(caught.value.exceptions[0], ZeroDivisionError)
+
+    anyio.run(main)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"start_timeout": None}, {"close_timeout": "1"}, {"grace": -1}, {"grace": math.nan}],
+    ids=repr,
+)
+def test_a_registry_takes_seconds(options: dict[str, Any]) -> None:
+    with pytest.raises(DeclarationError, match=r"test_odd_moments\.py.*seconds"):
+        Registry(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start_timeout": -1},
+        {"close_timeout": "1"},
+        {"retry": "3"},
+        {"retry": -1},
+        {"close": False},
+        {"name": 5},
+    ],
+    ids=repr,
+)
+def test_an_option_of_the_wrong_kind_is_refused_where_it_stands(options: dict[str, Any]) -> None:
+    registry = Registry()
+    with pytest.raises(DeclarationError, match=rf"test_odd_moments\.py.*{next(iter(options))}"):
+        registry.resource(**options)(lambda: None)
+
+
+async def failed_start() -> StartupError:
+    """Return an error with a deadline and a failed rollback in it."""
+    registry = Registry(start_timeout=0.01)
+
+    class Broken:
+        def close(self) -> None:
+            raise OSError(5, "broken")
+
+    @registry.resource(registry.resource(name="broken")(Broken))
+    async def hanging(_: Broken) -> None:
+        await anyio.sleep_forever()
+
+    with pytest.raises(StartupError) as caught:
+        async with registry.lifespan():
+            pass
+    return caught.value
+
+
+def through_pickle(error: Any) -> Any:
+    """Return *error* as another process would get it."""
+    return pickle.loads(pickle.dumps(error))
+
+
+@pytest.mark.parametrize("again", [copy.copy, through_pickle], ids=["copy", "pickle"])
+def test_errors_survive_being_copied_with_all_that_they_carry(again: Any) -> None:
+    error: StartupError = again(anyio.run(failed_start))
+    assert (error.opened, error.not_begun) == (("broken",), ())
+    deadline = again(error.exceptions[0])
+    assert isinstance(deadline, DeadlineError)
+    assert (deadline.resource, deadline.phase, str(deadline)) == (
+        "hanging",
+        "open",
+        str(error.exceptions[0]),
+    )
+    assert isinstance(again(error.rollback), ShutdownError)
+
+
+def test_what_except_star_leaves_of_a_group_is_still_lifekits() -> None:
+    error = anyio.run(failed_start)
+    caught: list[BaseException] = []
+    try:
+        try:
+            raise error
+        except* DeadlineError as part:
+            caught.append(part)
+    except LifekitError as rest:
+        caught.append(rest)
+    assert [(type(part), getattr(part, "opened", None)) for part in caught] == [
+        (StartupError, ("broken",)),
+        (StartupError, ("broken",)),
+    ]
+
+
+def test_a_value_gone_in_the_inner_lifespan_is_not_taken_from_the_outer_one() -> None:
+    registry = Registry()
+    inner_closing: list[type[BaseException]] = []
+
+    @registry.resource
+    def number() -> Any:
+        return SimpleNamespace(close=ask)
+
+    def ask() -> None:
+        try:
+            number.get()
+        except LifekitError as error:
+            inner_closing.append(type(error))
+
+    async def main() -> None:
+        async with registry.lifespan() as outer:
+            async with registry.lifespan():
+                pass
+            assert inner_closing == [NotOpenError]
+            assert number.get() is outer[number]
+
+    anyio.run(main)
+
+
+def test_leaving_what_was_not_entered_is_refused_and_leaving_twice_is_nothing() -> None:
+    async def main() -> None:
+        lifespan = Registry().lifespan()
+        with pytest.raises(LifekitError, match="not entered"):
+            await lifespan.__aexit__(None, None, None)
+        async with lifespan:
+            pass
+        await lifespan.__aexit__(None, None, None)
+
+    anyio.run(main)
