@@ -4,9 +4,6 @@ Each resource has one task, which opens it, parks, and closes it. One more task,
 it starts a resource's task when all its parents are open, asks it to close when all its children
 have ended, cuts it off at its deadline, and leaves it behind when it ignores even that. The task of
 a resource only reports; every change of state is made in the owner's `_turn`, which has no await.
-
-A resource goes WAITING, OPENING, OPEN, CLOSING, ENDED. One that fails goes from OPENING straight to
-CLOSING, and what never begins stays WAITING.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import heapq
 import logging
 import random
 from collections.abc import Callable
-from enum import Enum, auto
 from itertools import count
 from math import inf
 from typing import Any, cast
@@ -28,6 +24,7 @@ from ._backend import clock, spawn
 from ._closing import Call, Live, settle
 from ._errors import DeadlineError, LifekitError, Phase, summary
 from ._graph import Plan
+from ._node import RUNNING, Node, State
 from ._redact import redact_error
 from ._resource import Resource
 from ._stack import waiting_at
@@ -39,73 +36,6 @@ LAST_CALL = 1.0
 
 Failure = tuple[str, str, Exception]
 """A resource's name, its code line, what it failed with."""
-
-
-class State(Enum):
-    """Where a resource is in its life."""
-
-    WAITING = auto()
-    OPENING = auto()
-    OPEN = auto()
-    CLOSING = auto()
-    ENDED = auto()
-
-
-_RUNNING = {State.OPENING, State.OPEN, State.CLOSING}
-
-
-class Node:
-    """One resource in one run."""
-
-    __slots__ = (
-        "alarm",
-        "armed_for",
-        "asked",
-        "clean",
-        "close_began",
-        "closed_at",
-        "closing_scope",
-        "coroutine",
-        "cut",
-        "index",
-        "last_error",
-        "left",
-        "live",
-        "open_began",
-        "opened_at",
-        "pending",
-        "phase",
-        "resource",
-        "scope",
-        "state",
-        "task",
-        "wake",
-    )
-
-    coroutine: Any
-    scope: CancelScope
-    closing_scope: CancelScope
-    task: object
-    wake: anyio.Event
-
-    def __init__(self, resource: Resource[Any], index: int, pending: int) -> None:
-        self.resource = resource
-        self.index = index
-        self.pending = pending  # parents not yet open; once stopping, children not yet ended
-        self.state = State.WAITING
-        self.phase: Phase = "open"
-        self.live: Live | None = None
-        self.last_error: BaseException | None = None  # of the attempt before
-        self.cut: DeadlineError | None = None  # why lifekit cancelled it, until its task takes it
-        self.alarm = inf  # when the time of its phase is up
-        self.armed_for = inf  # the seconds that it had
-        self.asked = False
-        self.clean = True
-        self.left = False  # behind, by the owner
-        self.open_began: float | None = None
-        self.opened_at: float | None = None  # or when the opening failed
-        self.close_began: float | None = None
-        self.closed_at: float | None = None
 
 
 class Engine:
@@ -332,7 +262,7 @@ class Engine:
             self._emit(events.Stopping(self.name))
         for node in self.own:
             children = (self.nodes[index] for index in self.plan.children[node.index])
-            node.pending = sum(child.state in _RUNNING for child in children)
+            node.pending = sum(child.state in RUNNING for child in children)
         for node in reversed(self.own):
             if node.state is State.OPENING and node.cut is None:
                 self._arm(node, self._close_seconds(node))

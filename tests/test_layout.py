@@ -115,7 +115,7 @@ def test_the_walk_sees_the_package_as_it_is() -> None:
     assert seen["lifekit.asgi"] == ("bind_requests",)
     assert seen["lifekit._lifespan"] == ("Lifespan",)
     assert ("lifekit.drivers", ()) in own_imports(PACKAGE / "_closing.py")
-    assert "lifekit._redact" in dict(own_imports(PACKAGE / "drivers" / "__init__.py"))
+    assert "lifekit._redact" in dict(own_imports(PACKAGE / "drivers" / "asyncpg.py"))
     assert Import("starlette.requests", ("HTTPConnection",), True, False) in imports(
         PACKAGE / "_resource.py"
     )

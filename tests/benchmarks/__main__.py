@@ -31,7 +31,7 @@ BENCHMARKS = {
     "growth": Benchmark(growth, partial(growth, rounds=1, small=2, big=4)),
     "get": Benchmark(get, partial(get, rounds=1, times=10)),
     "import": Benchmark(imports, partial(imports, rounds=1)),
-    "memory": Benchmark(memory, partial(memory, rounds=1, count=5)),
+    "memory": Benchmark(memory, partial(memory, rounds=1, count=200)),
     "request": Benchmark(request, partial(request, rounds=1, times=2)),
 }
 """By name, in the order they run: what makes the heap bigger comes last."""
