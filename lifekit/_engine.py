@@ -255,6 +255,9 @@ class Engine:
             self._record(self.open_failures, node, error)
             self._stop_asked = True
 
+    def _retrying(self, node: Node, failure: tuple[int, float, Exception]) -> None:
+        self._emit(events.Retrying(self.name, node.resource.name, *failure))
+
     def _begin_stop(self) -> None:
         self.stopping = True
         self.stop_began = self.now()
@@ -300,7 +303,8 @@ class Engine:
         if self._heard and node.live is not None and node.live.is_open:
             seconds = _between(node.close_began, node.closed_at)
             self._emit(events.Closed(self.name, node.resource.name, seconds, node.clean))
-        node.live = None
+        if not node.left:  # else its task may still need it
+            node.live = None
         if self.stopping:  # else the count is made when the stop begins
             for index in reversed(self.plan.parents[node.index]):
                 parent = self.nodes[index]
@@ -462,7 +466,7 @@ class Engine:
                 ):
                     raise
                 node.last_error = error
-            self._emit(events.Retrying(self.name, node.resource.name, attempt, delay, node.last_error))
+            self._report(node, self._retrying, (attempt, delay, node.last_error))
             node.armed_for = seconds
             self._arm_at(node, until)
             await anyio.sleep(delay)

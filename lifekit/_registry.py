@@ -124,6 +124,10 @@ class Registry:
         timeouts = {"start_timeout": start_timeout, "close_timeout": close_timeout, "grace": grace}
         for option, value in timeouts.items():
             _refuse_unless(_is_seconds(value), caller(), option, value, _SECONDS)
+        awaited = inspect.iscoroutinefunction(on_event)
+        _refuse_unless(
+            not awaited, caller(), "on_event", on_event, "a sync function; it is not awaited"
+        )
         self.name = name
         self.start_timeout = start_timeout
         self.close_timeout = close_timeout

@@ -30,6 +30,13 @@ from lifekit.drivers import register
 
 from . import virtual_time
 
+
+@pytest.fixture(autouse=True)
+def own_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers that a test registers are forgotten after it."""
+    monkeypatch.setattr("lifekit.drivers._registered", {})
+
+
 in_virtual_time = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 
@@ -327,6 +334,61 @@ def test_a_driver_that_fails_beside_a_failure_does_not_replace_it(
 def test_a_registry_takes_seconds(options: dict[str, Any]) -> None:
     with pytest.raises(DeclarationError, match=r"test_odd_moments\.py.*seconds"):
         Registry(**options)
+
+
+def test_an_on_event_that_would_have_to_be_awaited_is_refused() -> None:
+    async def hear(event: object) -> None: ...
+
+    with pytest.raises(DeclarationError, match="not awaited"):
+        Registry(on_event=hear)
+
+
+class HalfBuilt:
+    """A value whose opening ignores its cancellation until it is terminated, and then succeeds."""
+
+    def __init__(self) -> None:
+        self.terminated = anyio.Event()
+        self.log: list[str] = []
+
+
+class HalfBuiltDriver(Driver[HalfBuilt]):
+    """Its driver."""
+
+    async def open(self, value: HalfBuilt) -> HalfBuilt:
+        with CancelScope(shield=True):
+            await value.terminated.wait()
+        return value
+
+    async def close(self, value: HalfBuilt) -> None:
+        value.log.append("closed")
+
+    def terminate(self, value: HalfBuilt) -> None:
+        value.log.append("terminated")
+        value.terminated.set()
+
+
+@in_virtual_time
+def test_a_half_built_value_left_behind_is_terminated_and_closed_if_it_opens_after_all(
+    backend: str,
+) -> None:
+    async def main() -> None:
+        register(HalfBuilt, HalfBuiltDriver())
+        values: list[HalfBuilt] = []
+        registry = Registry(start_timeout=1)
+
+        @registry.resource
+        async def half() -> HalfBuilt:
+            values.append(HalfBuilt())
+            return values[0]
+
+        with pytest.raises(StartupError) as caught:
+            async with registry.lifespan():
+                pass
+        assert isinstance(caught.value.exceptions[0], DeadlineError)
+        await anyio.sleep(10)
+        assert values[0].log == ["terminated", "closed"]
+
+    virtual_time.run(main, backend)
 
 
 @pytest.mark.parametrize(
