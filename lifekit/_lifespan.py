@@ -42,6 +42,7 @@ class Lifespan(Mapping[str, Any]):
         self.loop: object | None = None
         self._plan = plan
         self._names = {resource.name: resource for resource in plan.resources}
+        self._registries = {registry, *(resource.registry for resource in plan.resources)}
         self._engine: Engine | None = None
         self._left = False
 
@@ -96,7 +97,7 @@ class Lifespan(Mapping[str, Any]):
 
     def _lifespans(self) -> dict[str, Lifespan]:
         # Under these keys a request's own state leads from a handle to this lifespan.
-        return {registry.key: self for registry in self._registries()}
+        return {registry.key: self for registry in self._registries}
 
     def _why_not_open(self, resource: Resource[Any]) -> str:
         if not self.declares(resource):
@@ -106,9 +107,11 @@ class Lifespan(Mapping[str, Any]):
                 "Include that registry, or open a lifespan of it."
             )
         state = "not entered yet" if self._engine is None else "closing or closed"
+        if self._engine is not None and not self._engine.stopping:
+            state = "still starting"
         return (
             f"{resource.name} ({resource.location}) is not open: its lifespan, made at "
-            f"{self.location}, is {state if resource not in self.values else 'starting'}. "
+            f"{self.location}, is {state}. "
             "Use it inside `async with registry.lifespan()`."
         )
 
@@ -212,19 +215,16 @@ class Lifespan(Mapping[str, Any]):
     # -- being found --------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        for registry in self._registries():
+        for registry in self._registries:
             registry.running[self.loop] = (*registry.running.get(self.loop, ()), self)
 
     def _retract(self) -> None:
-        for registry in self._registries():
+        for registry in self._registries:
             left = tuple(each for each in registry.running.get(self.loop, ()) if each is not self)
             if left:
                 registry.running[self.loop] = left
             else:
                 registry.running.pop(self.loop, None)
-
-    def _registries(self) -> set[Registry]:
-        return {resource.registry for resource in self._plan.resources} | {self.registry}
 
     # -- pictures -----------------------------------------------------------------------------
 

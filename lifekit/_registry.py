@@ -123,11 +123,9 @@ class Registry:
     ) -> None:
         timeouts = {"start_timeout": start_timeout, "close_timeout": close_timeout, "grace": grace}
         for option, value in timeouts.items():
-            _refuse_unless(_is_seconds(value), caller(), option, value, _SECONDS)
+            _refuse_unless(_is_seconds(value), option, value, _SECONDS)
         awaited = inspect.iscoroutinefunction(on_event)
-        _refuse_unless(
-            not awaited, caller(), "on_event", on_event, "a sync function; it is not awaited"
-        )
+        _refuse_unless(not awaited, "on_event", on_event, "a sync function; it is not awaited")
         self.name = name
         self.start_timeout = start_timeout
         self.close_timeout = close_timeout
@@ -352,9 +350,9 @@ def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
-def _refuse_unless(fits: bool, where: str, option: str, value: object, wanted: str) -> None:
+def _refuse_unless(fits: bool, option: str, value: object, wanted: str) -> None:
     if not fits:
-        raise DeclarationError(f"{where}: {option}={value!r} can't be. It takes {wanted}.")
+        raise DeclarationError(f"{caller()}: {option}={value!r} can't be. It takes {wanted}.")
 
 
 def _refuse_bad_options(options: Declaration) -> None:
@@ -362,16 +360,14 @@ def _refuse_bad_options(options: Declaration) -> None:
     for option, value in given.items():
         match option:
             case "start_timeout" | "close_timeout":
-                _refuse_unless(_is_seconds(value), caller(), option, value, _SECONDS)
+                _refuse_unless(_is_seconds(value), option, value, _SECONDS)
             case "retry":
                 counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-                _refuse_unless(counts, caller(), option, value, "how many more attempts: 0 or more")
+                _refuse_unless(counts, option, value, "how many more attempts: 0 or more")
             case "name":
-                _refuse_unless(isinstance(value, str), caller(), option, value, "a name")
+                _refuse_unless(isinstance(value, str), option, value, "a name")
             case "check" | "close" | "wait_closed" | "terminate":
-                _refuse_unless(
-                    isinstance(value, str) or callable(value), caller(), option, value, _STEP
-                )
+                _refuse_unless(isinstance(value, str) or callable(value), option, value, _STEP)
             case _:
                 pass
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Iterable
+from contextlib import suppress
 from types import CodeType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from lifekit._stack import caller_frame, code_line
@@ -47,3 +50,15 @@ def _text(site: Site | None) -> str:
     lost = module.partition(".")[0] in {"asyncio", "lifekit"}
     where = "an unknown line" if lost else f"{code_line(code.co_filename, line)} in {code.co_qualname}"
     return f"{where} (task {task!r})" if task is not None else where
+
+
+def mix_in(noting: Any, pool: Any) -> None:
+    """Let *pool*, an open one, do what *noting* adds to its class: note who acquires."""
+    if not isinstance(pool, noting):
+        with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
+            pool.__class__ = _mixed(noting, pool.__class__)
+
+
+@functools.cache
+def _mixed(noting: Any, kind: Any) -> type:
+    return type(kind.__name__, (noting, kind), {"__slots__": (), "__doc__": kind.__doc__})

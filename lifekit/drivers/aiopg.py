@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Awaitable, Sequence
-from contextlib import suppress
 from traceback import walk_tb
 from typing import Any
 
@@ -18,7 +16,7 @@ from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
 from . import Driver
-from ._loans import Loans, Site
+from ._loans import Loans, Site, mix_in
 
 _loans = Loans("aiopg")
 # Of a connection that was never made psycopg2 gives no SQLSTATE, only libpq's text.
@@ -57,11 +55,6 @@ class _Noting(Pool):
             raise RuntimeError("Cannot acquire connection after closing pool")
 
 
-@functools.cache
-def _noting(kind: Any) -> type[Pool]:
-    return type(kind.__name__, (_Noting, kind), {"__doc__": kind.__doc__})
-
-
 class AiopgDriver(Driver[Pool]):
     """Pools of aiopg, as `aiopg.create_pool()` gives them."""
 
@@ -77,10 +70,7 @@ class AiopgDriver(Driver[Pool]):
 
     def watch(self, value: Pool) -> None:
         """Let the pool note who acquires its connections."""
-        pool: Any = value
-        if not isinstance(value, _Noting):
-            with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
-                pool.__class__ = _noting(pool.__class__)
+        mix_in(_Noting, value)
 
     async def check(self, value: Pool) -> None:
         """Run one `SELECT 1`."""

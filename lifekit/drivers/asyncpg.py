@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from traceback import walk_tb
@@ -17,7 +16,7 @@ from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
 from . import Driver
-from ._loans import Loans
+from ._loans import Loans, mix_in
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[Any]
@@ -47,11 +46,6 @@ class _Noting:
         return connection
 
 
-@functools.cache
-def _noting(kind: Any) -> type[Pool]:
-    return type(kind.__name__, (_Noting, kind), {"__slots__": (), "__doc__": kind.__doc__})
-
-
 class AsyncpgDriver(Driver[Pool]):
     """Pools of asyncpg, as `asyncpg.create_pool()` returns them, awaited or not."""
 
@@ -68,10 +62,7 @@ class AsyncpgDriver(Driver[Pool]):
 
     def watch(self, value: Pool) -> None:
         """Let the pool note who acquires its connections."""
-        pool: Any = value
-        if not isinstance(value, _Noting):
-            with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
-                pool.__class__ = _noting(pool.__class__)
+        mix_in(_Noting, value)
 
     async def check(self, value: Pool) -> None:
         """Run one `SELECT 1`."""
