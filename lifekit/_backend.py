@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from typing import Any
 
+import anyio
+
 
 def running_loop() -> object | None:
     """Return what identifies the event loop that runs here, None in a thread that has none."""
@@ -48,3 +50,36 @@ def spawn(
     from trio import lowlevel
 
     return lowlevel.spawn_system_task(lambda: coroutine, name=name, context=copy_context())
+
+
+async def sit_out(done: anyio.Event) -> BaseException | None:
+    """Wait for *done* through every cancellation; return the one to deliver then, if any."""
+    # A shield keeps AnyIO's scopes out, but not task.cancel(): hence the loop.
+    interrupt: BaseException | None = None
+    while not done.is_set():
+        try:
+            with anyio.CancelScope(shield=True):
+                await done.wait()
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            if interrupt is None or isinstance(interrupt, anyio.get_cancelled_exc_class()):
+                interrupt = error
+    return interrupt
+
+
+async def finish(coroutine: Coroutine[Any, Any, None], name: str) -> None:
+    """Run *coroutine*, which must not raise, to its end; deliver a cancellation only then."""
+    done = anyio.Event()
+
+    async def run() -> None:
+        try:
+            await coroutine
+        finally:
+            done.set()
+
+    task = spawn(run(), name, done.set)
+    interrupt = await sit_out(done)
+    del task
+    if interrupt is not None:
+        raise interrupt

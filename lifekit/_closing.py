@@ -31,6 +31,7 @@ class Live:
         "is_made",
         "is_open",
         "resource",
+        "sandbox",
         "steps",
         "terminate",
         "value",
@@ -40,6 +41,7 @@ class Live:
         self.resource = resource
         self.value: Any = None
         self.driver: drivers.Driver[Any] | None = None
+        self.sandbox: drivers.Sandbox | None = None
         self.is_made = False
         self.is_open = False
         self.entered = False
@@ -47,7 +49,7 @@ class Live:
         self.terminate: Call | None = None
         self.flaw: DeclarationError | None = None
 
-    async def open(self, needs: Sequence[Any]) -> None:
+    async def open(self, needs: Sequence[Any], *, sandboxed: bool = False) -> None:
         """Call the factory with the live values of *needs* and open what it returns."""
         made: Any = self.resource.factory(*needs)
         while _is(made, Coroutine):  # an async function may return a driver's own coroutine
@@ -61,6 +63,8 @@ class Live:
         else:
             await self._open_value(made)
         self.is_open = True
+        if sandboxed and self.driver is not None:
+            self._prepare_sandbox(self.driver)
 
     @property
     def closes(self) -> bool:
@@ -129,6 +133,18 @@ class Live:
             value = kind.__enter__(manager)
             leave = partial(kind.__exit__, manager, None, None, None)
         self._carries_its_closing(value, leave)
+
+    def _prepare_sandbox(self, driver: drivers.Driver[Any]) -> None:
+        self.sandbox = sandbox = driver.sandbox(self.value)
+        if sandbox is not None:
+            self.steps = (("close", sandbox.close), *self.steps)
+            terminate = self.terminate
+
+            def cut_both_off() -> object:
+                sandbox.terminate()
+                return terminate() if terminate is not None else None
+
+            self.terminate = cut_both_off
 
     def _carries_its_closing(self, value: Any, leave: Call) -> None:
         self._take(value)

@@ -52,15 +52,23 @@ class Engine:
         start_timeout: float,
         close_timeout: float,
         grace: float,
+        sandboxed: bool,
         on_event: Callable[[events.Event], object] | None,
         on_finished: Callable[[], None],
     ) -> None:
-        """Prepare a run; *values* may already hold some, which this run shares and leaves alone."""
+        """Prepare a run; *values* may already hold some, which this run uses and leaves alone."""
         self.name, self.plan, self.values = name, plan, values
+        self.sandboxed = sandboxed
         self.start_timeout, self.close_timeout, self.grace = start_timeout, close_timeout, grace
+        resources = plan.resources
         self.nodes = [
-            Node(resource, index, sum(plan.resources[parent] not in values for parent in parents))
-            for index, (resource, parents) in enumerate(zip(plan.resources, plan.parents, strict=True))
+            Node(
+                resource,
+                plan.declarations[index],
+                index,
+                sum(resources[at] not in values for at in parents),
+            )
+            for index, (resource, parents) in enumerate(zip(resources, plan.parents, strict=True))
         ]
         self.own = [node for node in self.nodes if node.resource not in values]
         self.ready = anyio.Event()  # all is open, or all has ended again
@@ -91,21 +99,6 @@ class Engine:
         self._stop_asked = True
         self._bell.set()
 
-    async def sit_out(self) -> BaseException | None:
-        """Wait for the end through every cancellation; return the one to deliver then, if any."""
-        # A shield keeps AnyIO's scopes out, but not task.cancel(): hence the loop.
-        interrupt: BaseException | None = None
-        while not self.finished.is_set():
-            try:
-                with CancelScope(shield=True):
-                    await self.finished.wait()
-            except GeneratorExit:
-                raise
-            except BaseException as error:
-                if interrupt is None or isinstance(interrupt, get_cancelled_exc_class()):
-                    interrupt = error
-        return interrupt
-
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
         times = [(node.open_began, node.opened_at) for node in self.nodes]
@@ -124,6 +117,14 @@ class Engine:
     def not_begun(self) -> list[str]:
         """Return the names of what never began to open."""
         return [node.resource.name for node in self.own if node.state is State.WAITING]
+
+    def sandboxes(self) -> list[tuple[str, drivers.Sandbox]]:
+        """Return the names and sandboxes of the open values that have one, what others need first."""
+        return [
+            (node.resource.name, node.live.sandbox)
+            for node in sorted(self.own, key=lambda node: node.opened_at or inf)
+            if node.state is State.OPEN and node.live is not None and node.live.sandbox is not None
+        ]
 
     @property
     def _names(self) -> list[str]:
@@ -351,14 +352,14 @@ class Engine:
 
     def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
         if isinstance(error, Exception):
-            failures.append((node.resource.name, node.resource.location, error))
+            failures.append((node.resource.name, node.declaration.location, error))
         else:
             self.interrupts.append(error)
 
     def _deadline_error(self, node: Node, *, abandoned: bool = False) -> DeadlineError:
         return DeadlineError(
             resource=node.resource.name,
-            location=node.resource.location,
+            location=node.declaration.location,
             phase=node.phase,
             seconds=node.armed_for,
             grace=self.grace if self.stopping and node.armed_for < self._timeout(node) else None,
@@ -383,7 +384,7 @@ class Engine:
                 self._bell.set()
 
     def _start_seconds(self, node: Node) -> float:
-        declared = node.resource.options.start_timeout
+        declared = node.declaration.options.start_timeout
         return self.start_timeout if declared is None else declared
 
     def _close_seconds(self, node: Node) -> float:
@@ -393,7 +394,7 @@ class Engine:
         return seconds
 
     def _timeout(self, node: Node) -> float:
-        declared = node.resource.options.close_timeout
+        declared = node.declaration.options.close_timeout
         return self.close_timeout if declared is None else declared
 
     # -- a resource's own task ------------------------------------------------------------------
@@ -445,7 +446,7 @@ class Engine:
         self._report(node, self._ended, None)
 
     async def _open(self, node: Node) -> None:
-        options = node.resource.options
+        options = node.declaration.options
         until, seconds = node.alarm, node.armed_for
         for attempt in count(1):
             try:
@@ -472,9 +473,10 @@ class Engine:
             await anyio.sleep(delay)
 
     async def _try_to_open(self, node: Node) -> None:
-        node.phase, node.live = "open", Live(node.resource)
+        node.phase, node.live = "open", Live(node.declaration)
         try:
-            await node.live.open([self.values[need] for need in node.resource.needs])
+            needs = [self.values[need] for need in node.declaration.needs]
+            await node.live.open(needs, sandboxed=self.sandboxed)
             node.phase = "check"
             await node.live.check()
         except BaseException as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,32 +13,56 @@ from ._resource import Resource
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Resources in declaration order; per resource the positions of what it waits for."""
+    """Resources in declaration order; per resource the positions of what it waits for.
+
+    What runs for a resource is its own declaration, or the one that overrides it.
+    """
 
     resources: tuple[Resource[Any], ...]
+    declarations: tuple[Resource[Any], ...]
     parents: tuple[tuple[int, ...], ...]
     children: tuple[tuple[int, ...], ...]
 
 
-def plan(registry: str, resources: Iterable[Resource[Any]]) -> Plan:
-    """Check the declarations of *registry* and link them.
+def plan(
+    registry: str,
+    resources: Iterable[Resource[Any]],
+    replaced: Mapping[Resource[Any], Resource[Any]] | None = None,
+) -> Plan:
+    """Check the declarations of *registry*, some of them *replaced*, and link them.
 
     Raises:
         DeclarationError: A duplicate name, a handle that is not among them, or a cycle.
     """
     ordered = tuple(dict.fromkeys(resources))
     refuse_duplicates(ordered)
+    declarations = tuple((replaced or {}).get(resource, resource) for resource in ordered)
     position = {resource: index for index, resource in enumerate(ordered)}
     parents: list[tuple[int, ...]] = []
     children: list[list[int]] = [[] for _ in ordered]
-    for index, resource in enumerate(ordered):
+    for index, resource in enumerate(declarations):
         wanted = dict.fromkeys(resource.needs + resource.after)
         _refuse_foreign(registry, resource, [each for each in wanted if each not in position])
         parents.append(tuple(position[each] for each in wanted))
         for parent in parents[index]:
             children[parent].append(index)
     _refuse_cycles(ordered, parents)
-    return Plan(ordered, tuple(parents), tuple(map(tuple, children)))
+    return Plan(ordered, declarations, tuple(parents), tuple(map(tuple, children)))
+
+
+def dependents(plan: Plan, resource: Resource[Any]) -> set[Resource[Any]]:
+    """Return *resource* and all that is built from it, directly or by others."""
+    found = {resource}
+    growing = True
+    while growing:
+        needing = {
+            each
+            for each, declaration in zip(plan.resources, plan.declarations, strict=True)
+            if not found.isdisjoint(declaration.needs)
+        }
+        growing = not needing <= found
+        found |= needing
+    return found
 
 
 def refuse_duplicates(resources: Iterable[Resource[Any]]) -> None:

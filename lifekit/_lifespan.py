@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from ._backend import running_loop
-from ._errors import LifekitError, NotOpenError, ShutdownError, StartupError
-from ._graph import Plan
+from ._backend import running_loop, sit_out
+from ._errors import LifekitError, NotOpenError, OverrideError, ShutdownError, StartupError
+from ._graph import Plan, dependents
+from ._overrides import MISSING, Override, Overrides, given, make_override, of_context, overridden
 from ._resource import Resource
 from ._running import current, wrong_loop
+from ._sandbox import Block, sandboxing
+from ._stack import caller
 
 if TYPE_CHECKING:
     from ._engine import Engine
+    from ._factory import Entered, Produced
     from ._registry import Registry
     from ._timeline import Timeline
+    from .drivers import Sandbox
+
+    Patch = AbstractAsyncContextManager["Lifespan"]
 
 T = TypeVar("T")
 
@@ -33,14 +41,21 @@ class Lifespan(Mapping[str, Any]):
         registry: Registry,
         plan: Plan,
         location: str,
-        shared: Mapping[Resource[Any], Any] | None = None,
+        *,
+        root: Lifespan | None = None,
     ) -> None:
-        """Called by `Registry.lifespan`; *shared* values are used as they are, and left alone."""
+        """Called by `Registry.lifespan`, and by `override` of *root*, beside which this one runs."""
         self.registry = registry
         self.location = location
-        self.values: dict[Resource[Any], Any] = dict(shared or ())  # type: ignore[assignment]
+        self.live: Mapping[Resource[Any], Any] = {}
         self.loop: object | None = None
-        self._plan = plan
+        self.sandboxed = False
+        self.block: Block | None = None
+        self.patches: tuple[Lifespan, ...] = ()
+        self._root = root or self
+        self._own: dict[Resource[Any], Any] = {}  # the engine's; served from `values` unless overridden
+        self._overrides: Overrides = {}
+        self._base = self._plan = plan
         self._names = {resource.name: resource for resource in plan.resources}
         self._registries = {registry, *(resource.registry for resource in plan.resources)}
         self._engine: Engine | None = None
@@ -66,7 +81,7 @@ class Lifespan(Mapping[str, Any]):
             key = self._names[key]
         self._refuse_another_loop(key.name)
         try:
-            return self.values[key]
+            return self.live[key]
         except KeyError:
             raise NotOpenError(self._why_not_open(key), resource=key.name) from None
 
@@ -79,7 +94,7 @@ class Lifespan(Mapping[str, Any]):
         return len(self._names) + len(self._lifespans())
 
     def __contains__(self, key: object) -> bool:
-        return key in self.values or key in self._names or key in self._lifespans()
+        return key in self.live or key in self._names or key in self._lifespans()
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -88,7 +103,7 @@ class Lifespan(Mapping[str, Any]):
         return id(self)
 
     def __repr__(self) -> str:
-        return f"<Lifespan of {self.registry.name!r}, {self.location}, {len(self.values)} open>"
+        return f"<Lifespan of {self.registry.name!r}, {self.location}, {len(self.live)} open>"
 
     def _refuse_another_loop(self, name: str) -> None:
         here = running_loop()
@@ -133,13 +148,17 @@ class Lifespan(Mapping[str, Any]):
         from ._engine import Engine  # here, so that `import lifekit` costs an import of little
 
         registry = self.registry
+        if self._root is self:
+            self._read_context()
+        self.live = self._own
         self._engine = engine = Engine(
             registry.name,
             self._plan,
-            self.values,
+            self._own,
             start_timeout=registry.start_timeout,
             close_timeout=registry.close_timeout,
             grace=registry.grace,
+            sandboxed=self.sandboxed,
             on_event=registry.on_event,
             on_finished=self._retract,
         )
@@ -177,12 +196,16 @@ class Lifespan(Mapping[str, Any]):
             return
         self._left = True
         self._refuse_another_loop(self.registry.name)
-        self._engine.stop()
-        await self._after(self._engine, error if not isinstance(error, Exception) else None)
+        try:
+            if self.patches:
+                await self._undo(self.patches[0])
+        finally:
+            self._engine.stop()
+            await self._after(self._engine, error if not isinstance(error, Exception) else None)
 
     async def _after(self, engine: Engine, interrupt: BaseException | None) -> None:
         """Wait for the end, whatever comes meanwhile, and raise what has to be raised then."""
-        interrupt = await engine.sit_out() or interrupt
+        interrupt = await sit_out(engine.finished) or interrupt
         # In another context than it was entered in there is nothing of it to take out.
         current.set(tuple(each for each in current.get() if each is not self))
         if engine.interrupts:
@@ -211,6 +234,113 @@ class Lifespan(Mapping[str, Any]):
             not_begun=engine.not_begun(),
             rollback=shutdown,
         )
+
+    # -- test mode ----------------------------------------------------------------------------
+
+    def sandbox(self) -> Block:
+        """Undo all that is done to its values inside ``async with lifespan.sandbox():``.
+
+        Raises:
+            SandboxError: At the ``async with``: the lifespan was not opened in
+                `lifekit.testing.sandboxing`.
+            SandboxBusyError: Likewise: it is in another block.
+            SandboxEscapedError: At the end: something is still in use, or could not be undone.
+        """
+        return Block(self._root, caller())
+
+    def sandboxes(self) -> list[tuple[str, Sandbox]]:
+        """Return the names and sandboxes of the values that it opened, what others need first."""
+        return self._engine.sandboxes() if self._engine is not None else []
+
+    @overload
+    def override(self, resource: Resource[T], value: T) -> Patch: ...
+    @overload
+    def override(self, resource: Resource[T], *, factory: Callable[..., Entered[T]]) -> Patch: ...
+    @overload
+    def override(self, resource: Resource[T], *, factory: Callable[..., Produced[T]]) -> Patch: ...
+    @overload
+    def override(self, resource: Resource[T], *, factory: Callable[..., T]) -> Patch: ...
+    def override(self, resource: Any, value: Any = MISSING, *, factory: Any = None) -> Patch:
+        """Serve something else than *resource*, and what is then built from it, inside ``async with``.
+
+        What depends on the resource is built a second time, the rest is shared. Requests find the new
+        values, and ``as`` gives a lifespan that holds them; at the end the new ones are closed and the
+        old ones, which stay open all the while, serve again.
+
+        Args:
+            resource: The handle.
+            value: What stands in for it. It is neither opened nor closed.
+            factory: Makes what stands in, with a lifecycle of its own. It takes nothing, or what the
+                resource's own factory takes.
+
+        Raises:
+            OverrideError: An unknown handle, a value of the wrong type, a factory that does not fit; at
+                the ``async with``, that the lifespan does not run; at its end, that another override
+                inside it was still in use.
+            StartupError: At the ``async with``: something did not open. Everything is as before.
+        """
+        made = make_override(resource, value, factory)
+        if not self.declares(made.resource):
+            raise OverrideError(f"{made.location}: {self._why_not_open(made.resource)}")
+        return self._patch(made)
+
+    @asynccontextmanager
+    async def _patch(self, override: Override) -> AsyncGenerator[Lifespan]:
+        root = self._root
+        if root._engine is None or root._engine.stopping or not root._engine.ready.is_set():
+            raise OverrideError(
+                f"{override.location}: the lifespan made at {root.location} does not run. Enter it "
+                "first; registry.override(…) is for lifespans that are opened later."
+            )
+        top = (root, *root.patches)[-1]
+        patched = Lifespan(self.registry, top._plan, override.location, root=root)
+        patched.sandboxed = root.sandboxed
+        patched._overrides = {**top._overrides, override.resource: override}
+        patched._plan = overridden(root._base, patched._overrides)
+        rebuilt = dependents(patched._plan, override.resource)
+        patched._own.update((each, top._own[each]) for each in top._own if each not in rebuilt)
+        patched._own.update(given({override.resource: override}))
+        async with patched:
+            root._serve((*root.patches, patched))
+            try:
+                if root.block is not None:
+                    await root.block.join(patched)
+                yield patched
+            finally:
+                inner = root.patches[-1:] != (patched,) and patched in root.patches
+                await root._undo(patched)
+        if inner:
+            raise OverrideError(
+                f"the override made at {override.location} ended while one inside it was in use, which "
+                "ended with it. Overrides of one lifespan end in reverse."
+            )
+
+    def _serve(self, patches: tuple[Lifespan, ...]) -> None:
+        self.patches = patches
+        served = (self, *patches)
+        for each in served:
+            each.live = served[-1]._own
+
+    async def _undo(self, patched: Lifespan) -> None:
+        # Down to this one, which its own `async with` closes; those inside it are closed here.
+        while patched in self.patches:
+            top = self.patches[-1]
+            self._serve(self.patches[:-1])
+            top.live = top._own
+            try:
+                if self.block is not None:
+                    await self.block.part(top)
+            finally:
+                await top.__aexit__(None, None, None)
+
+    def _read_context(self) -> None:
+        opened = sandboxing.get()
+        if opened is not None:
+            self.sandboxed = True
+            opened.lifespans.append(self)
+        self._overrides = of_context(self.declares)
+        self._plan = overridden(self._base, self._overrides)
+        self._own.update(given(self._overrides))
 
     # -- being found --------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ class Node:
         "closing_scope",
         "coroutine",
         "cut",
+        "declaration",
         "index",
         "last_error",
         "left",
@@ -65,8 +66,11 @@ class Node:
     task: object
     wake: anyio.Event
 
-    def __init__(self, resource: Resource[Any], index: int, pending: int) -> None:
+    def __init__(
+        self, resource: Resource[Any], declaration: Resource[Any], index: int, pending: int
+    ) -> None:
         self.resource = resource
+        self.declaration = declaration  # its own, or the one that overrides it
         self.index = index
         self.pending = pending  # parents not yet open; once stopping, children not yet ended
         self.state = State.WAITING

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -18,10 +17,12 @@ from typing import (
     overload,
 )
 
-from ._errors import DeclarationError
+from ._errors import DeclarationError, OverrideError
+from ._factory import Entered, Produced, misfit
 from ._graph import Plan, duplicate, refuse_duplicates
 from ._graph import plan as make_plan
 from ._lifespan import Lifespan
+from ._overrides import MISSING, Overriding, make_override
 from ._resource import Options, Resource, Step
 from ._stack import caller, definition
 from .asgi import bind_requests
@@ -39,10 +40,6 @@ E = TypeVar("E")
 F = TypeVar("F")
 G = TypeVar("G")
 H = TypeVar("H")
-
-Manager = AbstractAsyncContextManager[T, Any] | AbstractContextManager[T, Any]
-Entered = Manager[T] | Coroutine[Any, Any, Manager[T]]
-Produced = Coroutine[Any, Any, T] | AsyncIterator[T] | Iterator[T]
 
 
 class Declaration(TypedDict, total=False):
@@ -267,6 +264,39 @@ class Registry:
             bind_requests(app, self.key)
         return Lifespan(self, self.plan(), caller("starlette", "fastapi"))
 
+    @overload
+    def override(self, resource: Resource[T], value: T) -> Overriding: ...
+    @overload
+    def override(self, resource: Resource[T], *, factory: Callable[..., Entered[T]]) -> Overriding: ...
+    @overload
+    def override(self, resource: Resource[T], *, factory: Callable[..., Produced[T]]) -> Overriding: ...
+    @overload
+    def override(self, resource: Resource[T], *, factory: Callable[..., T]) -> Overriding: ...
+    def override(self, resource: Any, value: Any = MISSING, *, factory: Any = None) -> Overriding:
+        """Let lifespans that are opened inside ``with registry.override(…):`` use something else.
+
+        The resource itself never opens. Only code in the context of the ``with``, and what is started
+        from there, sees the override. They nest: the innermost holds.
+
+        Args:
+            resource: The handle.
+            value: What stands in for it. It is neither opened nor closed.
+            factory: Makes what stands in, with a lifecycle of its own. It takes nothing, or what the
+                resource's own factory takes.
+
+        Raises:
+            OverrideError: An unknown handle, a value of the wrong type, a factory that does not fit; at
+                the ``with``, that it is too late, since a running lifespan has the resource open.
+        """
+        made = make_override(resource, value, factory)
+        if made.resource not in self.plan().resources:
+            raise OverrideError(
+                f"{made.location}: {made.resource.name} ({made.resource.location}) belongs to the "
+                f"registry {made.resource.registry.name!r}, not to {self.name!r}. Override it there, "
+                "or include that registry: registry.include(other_registry)."
+            )
+        return Overriding(made)
+
     def __repr__(self) -> str:
         return f"<Registry {self.name!r}, {sum(1 for _ in self._resources())} resources>"
 
@@ -373,15 +403,9 @@ def _refuse_bad_options(options: Declaration) -> None:
 
 
 def _refuse_unfit(factory: Callable[..., Any], name: str, location: str, needs: int) -> None:
-    try:
-        signature = inspect.signature(factory)
-    except ValueError:  # a builtin that does not say
-        return
-    try:
-        signature.bind(*range(needs))
-    except TypeError as error:
+    if (why := misfit(factory, needs)) is not None:
         raise DeclarationError(
             f"{name} ({location}) is declared with {needs} needs, and its factory does not take them: "
-            f"{error}. It gets their values by position: @registry.resource(first, second) / "
+            f"{why}. It gets their values by position: @registry.resource(first, second) / "
             f"def {name}(first, second): …"
-        ) from None
+        )

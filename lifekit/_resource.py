@@ -79,7 +79,7 @@ class Resource(Generic[T_co]):
         lifespans = current.get()
         if lifespans and lifespans[0].loop is asyncio._get_running_loop():
             try:
-                return lifespans[0].values[self]  # type: ignore[no-any-return]
+                return lifespans[0].live[self]  # type: ignore[no-any-return]
             except KeyError:
                 pass
         return find(self)
@@ -87,7 +87,7 @@ class Resource(Generic[T_co]):
     async def __call__(self, connection: HTTPConnection) -> T_co:
         """Return the value that the request's own lifespan holds: what ``Depends`` calls."""
         try:
-            return connection.scope["state"][self.registry.key].values[self]  # type: ignore[no-any-return]
+            return connection.scope["state"][self.registry.key].live[self]  # type: ignore[no-any-return]
         except KeyError:
             return find_for(self, connection.scope)
 

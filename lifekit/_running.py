@@ -34,11 +34,11 @@ def find(resource: Resource[T]) -> T:
         # A thread without a loop of its own got here with its starter's context.
         if here is None or lifespan.loop is here:
             return lifespan[resource]  # it is this one's, or nobody's
-        if resource in lifespan.values:
+        if resource in lifespan.live:
             elsewhere = elsewhere or lifespan
     if elsewhere is None and here is not None:
         others = [each for many in list(resource.registry.running.values()) for each in many]
-        elsewhere = next((each for each in others if resource in each.values), None)
+        elsewhere = next((each for each in others if resource in each.live), None)
     if elsewhere is None:
         if here is None:
             return _find_from_thread(resource)

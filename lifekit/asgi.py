@@ -64,6 +64,8 @@ class RequestContext:
         lifespan = scope.get("state", {}).get(self.key) if scope["type"] != "lifespan" else None
         if lifespan is None:
             return await self.app(scope, receive, send)
+        if lifespan.patches:  # the server copied the state when the lifespan began
+            scope = {**scope, "state": {**scope["state"], **lifespan}}
         token = current.set((lifespan, *current.get()))
         try:
             return await self.app(scope, receive, send)

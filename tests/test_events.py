@@ -176,7 +176,7 @@ async def test_when_an_event_is_told_what_it_tells_of_holds() -> None:
     def hear(event: events.Event) -> None:
         what, name = named(event)
         if name:
-            seen.append((what, name, handles[name] in lifespan.values))
+            seen.append((what, name, handles[name] in lifespan.live))
 
     registry, _ = registry_of_two(hear)
     handles.update({handle.name: handle for handle in registry.plan().resources})

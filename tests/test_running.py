@@ -18,7 +18,6 @@ from anyio.lowlevel import checkpoint
 
 from lifekit import (
     LifekitError,
-    Lifespan,
     NotOpenError,
     Registry,
     Resource,
@@ -213,21 +212,6 @@ async def test_a_resource_being_opened_may_ask_for_those_that_are_open() -> None
 
     async with registry.lifespan() as lifespan:
         assert lifespan[follower] == [lifespan[value]]
-
-
-async def test_a_lifespan_can_share_the_live_values_of_another() -> None:
-    registry, value = registry_of_one()
-
-    @registry.resource(value)
-    def pair(value: Value) -> tuple[Value, object]:
-        return value, object()
-
-    async with registry.lifespan() as whole:
-        part = Lifespan(registry, registry.plan(), "here", shared={value: whole[value]})
-        async with part:
-            assert part[value] is whole[value]
-            assert part[pair] != whole[pair]
-        assert whole[value].story == []  # it is the other's to close
 
 
 @on_asyncio

@@ -12,9 +12,34 @@ from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Driver", "find", "loaded", "register"]
+__all__ = ["Driver", "Sandbox", "find", "loaded", "register"]
 
 T = TypeVar("T")
+
+
+class Sandbox:
+    """What undoes all that one test did to one value: override it, and return it from a driver.
+
+    One block at a time: ``begin``, the test, ``end``. After a ``begin``, even one that failed, ``end``
+    is called once; it is not cancelled. What is slow belongs into the first ``begin``, and is kept
+    until ``close``.
+    """
+
+    async def begin(self) -> None:
+        """Let nothing that is done to the value from now on last."""
+
+    async def end(self) -> None:
+        """Undo what was done since `begin`.
+
+        Raises:
+            SandboxEscapedError: Something is still in use, or could not be undone.
+        """
+
+    async def close(self) -> None:
+        """Give up what the sandbox itself holds; the value's own closing follows."""
+
+    def terminate(self) -> None:
+        """Cut off what the sandbox itself holds: an `end` took too long, or the value is cut off."""
 
 
 class Driver(Generic[T]):
@@ -45,6 +70,10 @@ class Driver(Generic[T]):
     def describe(self, value: T) -> str:
         """Return what it is in a few words, with no password."""
         return type(value).__name__
+
+    def sandbox(self, value: T) -> Sandbox | None:
+        """Prepare an open value for test mode, in place; None where nothing needs to be undone."""
+        return None
 
     def holders(self, value: T) -> Sequence[str]:
         """Return who still holds parts of it: code lines, with their tasks where known."""

@@ -1,0 +1,183 @@
+"""Overrides: what stands in for a resource, and where it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Final, cast
+
+from ._backend import running_loop
+from ._errors import OverrideError
+from ._factory import misfit, value_type
+from ._graph import Plan
+from ._graph import plan as make_plan
+from ._resource import Options, Resource
+from ._running import current
+from ._stack import caller, definition
+
+
+class Missing:
+    """The type of `MISSING`, which stands where no value was given: None is a value."""
+
+
+MISSING: Final = Missing()
+
+
+@dataclass(eq=False)
+class Override:
+    """One resource's stand-in: a declaration with its own lifecycle, or a value that its giver owns."""
+
+    resource: Resource[Any]
+    declaration: Resource[Any]
+    location: str
+    value: Any = MISSING
+    used: bool = False
+
+
+Overrides = Mapping[Resource[Any], Override]
+
+overrides: ContextVar[tuple[Override, ...]] = ContextVar("lifekit.overrides", default=())
+"""The overrides of this context, the outermost first."""
+
+
+def make_override(given: object, value: Any, factory: Callable[..., Any] | None) -> Override:
+    """Return a checked override.
+
+    Raises:
+        OverrideError: Not a handle, a value of the wrong type, a factory that is no factory.
+    """
+    here = caller()
+    if not isinstance(given, Resource):
+        raise OverrideError(
+            f"{here}: a {type(given).__name__} can't be overridden; name the resource by its "
+            "handle, the name that @registry.resource decorates."
+        )
+    resource = cast("Resource[Any]", given)
+    name = resource.name
+    if (value is MISSING) == (factory is None):
+        raise OverrideError(
+            f"{here}: an override of {name} takes a value, override({name}, value), or a factory, "
+            f"override({name}, factory=make_{name})."
+        )
+    if factory is None:
+        _refuse_wrong_type(here, resource, value)
+        made = replace(resource, factory=lambda: value, needs=(), after=(), location=here)
+        return Override(resource, made, here, value)
+    return Override(resource, _declared(here, resource, factory), here)
+
+
+def _refuse_wrong_type(here: str, resource: Resource[Any], value: object) -> None:
+    kind = value_type(resource.factory)
+    # A mock without a spec claims to be anything.
+    if kind is None or isinstance(value, kind) or type(value).__module__ == "unittest.mock":
+        return
+    name = resource.name
+    raise OverrideError(
+        f"{here}: {name} ({resource.location}) is a {kind.__name__}, and a {type(value).__name__} "
+        f"would stand in for it. Give an instance of {kind.__name__}, or of a subclass: "
+        f"lifekit.testing.mock({name}) makes a mock of it."
+    )
+
+
+def _declared(here: str, resource: Resource[Any], factory: Callable[..., Any]) -> Resource[Any]:
+    if not callable(factory):
+        raise OverrideError(
+            f"{here}: a {type(factory).__name__} stands where a factory is expected. A value is given "
+            f"without factory=: override({resource.name}, value)."
+        )
+    # Its own needs are none, or those of what it stands in for.
+    for needs in ((), resource.needs):
+        if misfit(factory, len(needs)) is None:
+            return replace(
+                resource,
+                factory=factory,
+                needs=needs,
+                after=(),
+                options=Options(
+                    start_timeout=resource.options.start_timeout,
+                    close_timeout=resource.options.close_timeout,
+                ),
+                location=definition(factory),
+            )
+    names = ", ".join(need.name for need in resource.needs)
+    raise OverrideError(
+        f"{here}: the factory at {definition(factory)} fits neither def {resource.name}() nor "
+        f"def {resource.name}({names}), the values that {resource.name} itself is built from."
+    )
+
+
+class Overriding:
+    """What ``registry.override(…)`` returns: lifespans that are opened inside ``with`` use it."""
+
+    def __init__(self, override: Override) -> None:
+        self._override = override
+        self._entered = False
+
+    def __enter__(self) -> None:
+        """Begin.
+
+        Raises:
+            OverrideError: The resource is open already, in a lifespan that this code stands in.
+        """
+        override = self._override
+        if self._entered:
+            raise OverrideError(f"the override made at {override.location} was entered before")
+        for lifespan in current.get():
+            if override.resource in lifespan.live:
+                raise _too_late(override, lifespan.location)
+        self._entered = True
+        overrides.set((*overrides.get(), override))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End.
+
+        Raises:
+            OverrideError: It changed nothing: no lifespan was opened inside, and one had been before.
+        """
+        override = self._override
+        # In another context than it was entered in there is nothing of it to take out.
+        overrides.set(tuple(each for each in overrides.get() if each is not override))
+        if error is None and not override.used:
+            here = running_loop()
+            for loop, lifespans in list(override.resource.registry.running.items()):
+                for lifespan in lifespans:
+                    if override.resource in lifespan.live and here in (None, loop):
+                        raise _too_late(override, lifespan.location)
+
+
+def _too_late(override: Override, opened_at: str) -> OverrideError:
+    name = override.resource.name
+    return OverrideError(
+        f"{override.location}: {name} ({override.resource.location}) is open already, in the lifespan "
+        f"made at {opened_at}, and what was built from it keeps it: this override changes nothing. "
+        f"registry.override() is for lifespans opened inside it. On a running one write "
+        f"`async with lifespan.override({name}, …):`, which rebuilds what depends on {name}."
+    )
+
+
+def of_context(declared: Callable[[Resource[Any]], bool]) -> Overrides:
+    """Return the overrides of this context for what is *declared*, and count them as used."""
+    found = {each.resource: each for each in overrides.get() if declared(each.resource)}
+    for each in found.values():
+        each.used = True
+    return found
+
+
+def overridden(plan: Plan, found: Overrides) -> Plan:
+    """Return the plan in which the overrides *found* stand in."""
+    if not found:
+        return plan
+    replaced = {resource: each.declaration for resource, each in found.items()}
+    return make_plan("", plan.resources, replaced)
+
+
+def given(found: Overrides) -> dict[Resource[Any], Any]:
+    """Return the ready-made values."""
+    return {resource: each.value for resource, each in found.items() if each.value is not MISSING}

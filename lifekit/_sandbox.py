@@ -1,0 +1,143 @@
+"""Test mode's side of a lifespan: who opens sandboxed, and one block in which everything is undone."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import anyio
+
+from . import events
+from ._backend import finish
+from ._errors import SandboxBusyError, SandboxError, SandboxEscapedError, summary
+from ._redact import redact_error
+
+if TYPE_CHECKING:
+    from ._lifespan import Lifespan
+    from .drivers import Sandbox
+
+
+class Sandboxing:
+    """Lifespans that are opened in its context open sandboxed, and are noted here."""
+
+    def __init__(self) -> None:
+        self.lifespans: list[Lifespan] = []
+
+
+sandboxing: ContextVar[Sandboxing | None] = ContextVar("lifekit.sandboxing", default=None)
+_block: ContextVar[Block | None] = ContextVar("lifekit.block", default=None)
+
+
+def refuse_stragglers(what: str) -> None:
+    """Raise `SandboxEscapedError` in code that was started in a block which has ended since."""
+    block = _block.get()
+    if block is not None and block.over:
+        raise SandboxEscapedError(
+            f"{what} is used by code that was started inside the sandbox at {block.location}, which "
+            "has ended. It outlived its test, and what it does now would last. Let the test wait for "
+            "it, or let the application wait where it starts it."
+        )
+
+
+class Block:
+    """One ``async with lifespan.sandbox():``. What is done to sandboxed values inside is undone."""
+
+    def __init__(self, lifespan: Lifespan, location: str) -> None:
+        self.location = location
+        self.over = False
+        self._lifespan = lifespan
+        self._begun: list[tuple[str, Sandbox]] = []
+        self._outer: Block | None = None
+
+    async def __aenter__(self) -> Self:
+        """Begin.
+
+        Raises:
+            SandboxError: The lifespan was not opened for it.
+            SandboxBusyError: It is in another block.
+        """
+        lifespan = self._lifespan
+        if not lifespan.sandboxed:
+            raise SandboxError(
+                f"the lifespan made at {lifespan.location} did not open its values sandboxed. Open it "
+                "inside `with lifekit.testing.sandboxing():`, or use `lifekit.testing.client(app, "
+                "sandbox=True)`, or the fixtures of lifekit's pytest plugin."
+            )
+        if lifespan.block is not None:
+            raise SandboxBusyError(
+                f"the lifespan made at {lifespan.location} is in the sandbox at "
+                f"{lifespan.block.location} already, and has one at a time: leave that before "
+                f"this one, at {self.location}, begins. Tests that run at once want a lifespan each."
+            )
+        lifespan.block = self
+        self._outer = _block.get()
+        _block.set(self)
+        try:
+            for each in (lifespan, *lifespan.patches):
+                await self.join(each)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, None)
+            raise
+        return self
+
+    async def join(self, lifespan: Lifespan) -> None:
+        """Begin for what *lifespan* opened."""
+        for name, sandbox in lifespan.sandboxes():
+            self._begun.append((name, sandbox))
+            await sandbox.begin()
+
+    async def part(self, lifespan: Lifespan) -> None:
+        """End for what *lifespan* opened, which closes before the block ends."""
+        leaving = lifespan.sandboxes()
+        self._begun = [each for each in self._begun if each not in leaving]
+        await self._end(leaving)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Undo everything.
+
+        Raises:
+            SandboxEscapedError: Something is still in use, or could not be undone. Where the body
+                itself failed, that error gets it as a note.
+        """
+        if self.over:
+            return
+        self.over = True
+        if _block.get() is self:
+            _block.set(self._outer)
+        try:
+            await self._end(self._begun)
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"lifekit: and its sandbox ended with {summary(failure)}\n{failure}")
+        finally:
+            self._lifespan.block = None
+
+    async def _end(self, begun: list[tuple[str, Sandbox]]) -> None:
+        failures: list[Exception] = []
+        await finish(self._end_each(begun, failures), "lifekit sandbox")
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup(f"the sandbox at {self.location} ended with failures", failures)
+
+    async def _end_each(self, begun: list[tuple[str, Sandbox]], failures: list[Exception]) -> None:
+        seconds = self._lifespan.registry.close_timeout
+        for name, sandbox in reversed(begun):
+            try:
+                with anyio.fail_after(seconds):
+                    await sandbox.end()
+            except TimeoutError:
+                sandbox.terminate()
+                why = f"{name}: undoing took longer than {seconds:.3g} s, so that it was cut off"
+                failures.append(SandboxEscapedError(why))
+            except Exception as error:
+                redact_error(error)
+                failures.append(error)
+                events.logger.debug(f"the sandbox of {name} ended with {summary(error)}")
