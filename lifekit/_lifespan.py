@@ -14,7 +14,7 @@ from ._overrides import MISSING, Override, Overrides, given, make_override, of_c
 from ._resource import Resource
 from ._running import current, wrong_loop
 from ._sandbox import Block, sandboxing
-from ._stack import caller
+from ._stack import Site, caller_frame
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -246,7 +246,7 @@ class Lifespan(Mapping[str, Any]):
             SandboxBusyError: Likewise: it is in another block.
             SandboxEscapedError: At the end: something is still in use, or could not be undone.
         """
-        return Block(self._root, caller())
+        return Block(self._root, Site(caller_frame()))
 
     def sandboxes(self) -> list[tuple[str, Sandbox]]:
         """Return the names and sandboxes of the values that it opened, what others need first."""

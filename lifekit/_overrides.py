@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from ._backend import running_loop
 from ._errors import OverrideError
@@ -42,7 +42,7 @@ overrides: ContextVar[tuple[Override, ...]] = ContextVar("lifekit.overrides", de
 """The overrides of this context, the outermost first."""
 
 
-def make_override(given: object, value: Any, factory: Callable[..., Any] | None) -> Override:
+def make_override(given: Any, value: Any, factory: Callable[..., Any] | None) -> Override:
     """Return a checked override.
 
     Raises:
@@ -54,7 +54,7 @@ def make_override(given: object, value: Any, factory: Callable[..., Any] | None)
             f"{here}: a {type(given).__name__} can't be overridden; name the resource by its "
             "handle, the name that @registry.resource decorates."
         )
-    resource = cast("Resource[Any]", given)
+    resource: Resource[Any] = given
     name = resource.name
     if (value is MISSING) == (factory is None):
         raise OverrideError(

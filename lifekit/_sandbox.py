@@ -12,6 +12,7 @@ from . import events
 from ._backend import finish
 from ._errors import SandboxBusyError, SandboxError, SandboxEscapedError, summary
 from ._redact import redact_error
+from ._stack import Site
 
 if TYPE_CHECKING:
     from ._lifespan import Lifespan
@@ -43,7 +44,7 @@ def refuse_stragglers(what: str) -> None:
 class Block:
     """One ``async with lifespan.sandbox():``. What is done to sandboxed values inside is undone."""
 
-    def __init__(self, lifespan: Lifespan, location: str) -> None:
+    def __init__(self, lifespan: Lifespan, location: Site) -> None:
         self.location = location
         self.over = False
         self._lifespan = lifespan
@@ -131,12 +132,12 @@ class Block:
         seconds = self._lifespan.registry.close_timeout
         for name, sandbox in reversed(begun):
             try:
-                with anyio.fail_after(seconds):
+                with anyio.move_on_after(seconds) as scope:
                     await sandbox.end()
-            except TimeoutError:
-                sandbox.terminate()
-                why = f"{name}: undoing took longer than {seconds:.3g} s, so that it was cut off"
-                failures.append(SandboxEscapedError(why))
+                if scope.cancelled_caught:
+                    sandbox.terminate()
+                    why = f"{name}: undoing took longer than {seconds:.3g} s, so that it was cut off"
+                    failures.append(SandboxEscapedError(why))
             except Exception as error:
                 redact_error(error)
                 failures.append(error)

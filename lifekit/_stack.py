@@ -52,13 +52,25 @@ def caller_frame(*passing: str) -> FrameType:
 
 def frame_line(frame: FrameType) -> str:
     """Return where *frame* stands as ``file:line in function``."""
-    return f"{code_line(frame.f_code.co_filename, frame.f_lineno)} in {frame.f_code.co_qualname}"
+    return str(Site(frame))
+
+
+class Site:
+    """Where a frame stood: ``file:line in function``, as text only when it is asked for."""
+
+    __slots__ = ("_code", "_line")
+
+    def __init__(self, frame: FrameType) -> None:
+        self._code, self._line = frame.f_code, frame.f_lineno
+
+    def __str__(self) -> str:
+        return f"{code_line(self._code.co_filename, self._line)} in {self._code.co_qualname}"
 
 
 def waiting_at(coroutine: object) -> tuple[str, ...]:
     """Return the lines where a suspended coroutine stands, outermost first, lifekit's left out."""
     lines: list[str] = []
-    for frame in _suspended_frames(coroutine):
+    for frame in suspended_frames(coroutine):
         if frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
             continue
         source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
@@ -66,7 +78,8 @@ def waiting_at(coroutine: object) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _suspended_frames(awaitable: object) -> Iterator[FrameType]:
+def suspended_frames(awaitable: object) -> Iterator[FrameType]:
+    """Yield the frames in which a suspended coroutine stands, outermost first."""
     # Each kind of suspended thing names its own frame and what it waits for.
     while awaitable is not None:
         for kind, frame, inner in _SUSPENDED:

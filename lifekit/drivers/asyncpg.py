@@ -15,7 +15,7 @@ from lifekit._backend import running_loop
 from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
-from . import Driver
+from . import Driver, Sandbox
 from ._loans import Loans, mix_in
 
 if TYPE_CHECKING:
@@ -96,6 +96,12 @@ class AsyncpgDriver(Driver[Pool]):
         """Return where each connection that is out was acquired."""
         pool: Any = value
         return _loans.lines(holder._con for holder in pool._holders if not holder.is_idle())
+
+    def sandbox(self, value: Pool) -> Sandbox:
+        """Let the pool's connections, inside a block, share one that is never committed."""
+        from lifekit.sandbox.asyncpg import sandbox
+
+        return sandbox(value)
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or hung up on us."""

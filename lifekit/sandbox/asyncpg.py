@@ -1,0 +1,374 @@
+"""The sandbox of asyncpg's pools, learned from `pool.py` and `connection.py` of asyncpg 0.32.
+
+Inside a block the pool is the same object with other holders. Their connections are ordinary
+`asyncpg.Connection` objects, over a protocol that is a lane of the one real connection. So the pool's
+own code limits, queues, times out and resets them, and the connection's own code makes transactions,
+cursors and prepared statements of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+from asyncpg import exceptions
+from asyncpg.pool import PoolConnectionHolder
+
+from lifekit._errors import SandboxBusyError, SandboxEscapedError
+from lifekit._sandbox import refuse_stragglers
+from lifekit.drivers import Sandbox
+
+from ._shared import Lane, Shared, escaped_strays, lets_go
+
+_SECONDS = 60.0
+"""For the sandbox's own statements, which wait for no lock and do little."""
+
+
+class RealConnection:
+    """The real connection of a sandbox, an `asyncpg.Connection`."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    async def control(self, sql: str) -> None:
+        """Send statements in one message; whatever they return is dropped."""
+        await self.connection._protocol.query(sql, _SECONDS)
+
+    async def ask(self, sql: str) -> bool:
+        """Return the one value that a query gives."""
+        return bool(await self.connection.fetchval(sql, timeout=_SECONDS))
+
+    def error(self, sqlstate: str, message: str) -> Exception:
+        """Return the error by which asyncpg tells of a refusal by the server."""
+        fields = {"S": "ERROR", "V": "ERROR", "C": sqlstate, "M": message}
+        refusal: Any = exceptions.PostgresError
+        return cast(Exception, refusal.new(fields))
+
+    def lost(self) -> bool:
+        """Return whether the connection is gone."""
+        return bool(self.connection.is_closed())
+
+
+def connect(shared: Shared, real: Any) -> Any:
+    """Return a connection, of the class of the *real* one, that is a lane of it."""
+    protocol = _LaneProtocol(shared, real)
+    connection = type(real)(
+        protocol, real._transport, real._loop, real._addr, real._config, real._params
+    )
+    protocol.reset_query = connection.get_reset_query()
+    return connection
+
+
+def lane_of(connection: Any) -> Lane | None:
+    """Return the lane of a connection that `connect` made, None once it is closed."""
+    return getattr(connection._protocol, "lane", None)
+
+
+def _running(
+    name: str, timeout_at: int, answer: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
+) -> Any:
+    """Make the method *name* of a protocol, which runs a prepared statement or a COPY."""
+
+    async def run(self: _LaneProtocol, state: Any, *args: Any, **options: Any) -> Any:
+        text = state if isinstance(state, str) else state.query
+        timeout = options.get("timeout", args[timeout_at] if "timeout" not in options else None)
+        send = partial(getattr(self._real, name), state, *args, **options)
+        return await self._one_at_a_time(
+            self.lane.run(text, send, lambda tag: answer(tag, args, options)), timeout
+        )
+
+    return run
+
+
+def _aside(name: str) -> Any:
+    """Make the method *name* of a protocol, which closes something."""
+
+    async def run(self: _LaneProtocol, *args: Any) -> Any:
+        send = partial(getattr(self._real, name), *args)
+        return await self._one_at_a_time(self.lane.aside(send), None)
+
+    return run
+
+
+def _extra(tag: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    wanted = options["return_extra"] if "return_extra" in options else args[3]
+    return ([], tag.encode(), True) if wanted else []
+
+
+class _LaneProtocol:
+    """What stands in for the protocol of a connection: a lane of the real connection's."""
+
+    def __init__(self, shared: Shared, real: Any) -> None:
+        self.lane = Lane(shared, "asyncpg")
+        self.reset_query = ""
+        self.queries_count = 0
+        self._real = real._protocol
+        self._config = real._config
+        self._busy = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    bind_execute = _running("bind_execute", 4, _extra)
+    bind_execute_many = _running("bind_execute_many", 2, lambda *_: [])
+    bind = _running("bind", 2, lambda *_: None)
+    execute = _running("execute", 3, lambda *_: [])
+    copy_out = _running("copy_out", 1, lambda tag, *_: tag)
+    copy_in = _running("copy_in", 4, lambda tag, *_: tag)
+    close_portal = _aside("close_portal")
+    close_statement = _aside("close_statement")
+
+    async def query(self, query: str, seconds: Any) -> str:
+        """Run a message of the simple protocol."""
+        if query == self.reset_query and not self.lane.touched_session:
+            return "RESET"
+        send = partial(self._real.query, timeout=seconds)
+        tag: str = await self._one_at_a_time(self.lane.run_script(query, send), seconds)
+        if query == self.reset_query:
+            self.lane.touched_session = False
+        return tag
+
+    async def prepare(self, name: str, query: str, seconds: Any, **options: Any) -> Any:
+        """Have a statement parsed."""
+        # The real connection has one statement without a name, and each of its lanes may want one.
+        send = partial(self._real.prepare, name or self.lane.unique_name(), query, seconds, **options)
+        return await self._one_at_a_time(self.lane.prepare(send), seconds)
+
+    async def _one_at_a_time(self, act: Coroutine[Any, Any, Any], seconds: Any) -> Any:
+        if self._busy or self.lane.closed:
+            act.close()
+            raise exceptions.InterfaceError(
+                "cannot perform operation: another operation is in progress"
+                if self._busy
+                else "cannot perform operation: connection is closed"
+            )
+        self._busy = True
+        self.queries_count += 1
+        try:
+            if not self.lane.must_wait():
+                return await act
+            if not isinstance(seconds, int | float):
+                seconds = self._config.command_timeout if seconds is None else None
+            async with asyncio.timeout(seconds):
+                return await act
+        finally:
+            self._busy = False
+
+    def is_in_transaction(self) -> bool:
+        """Return whether the application is in a transaction of its own."""
+        return self.lane.in_transaction
+
+    def is_connected(self) -> bool:
+        """Return whether the connection is open."""
+        return not self.lane.closed and bool(self._real.is_connected())
+
+    async def close(self, seconds: Any) -> None:
+        """Close what the application sees as its connection."""
+        self.abort()
+
+    def abort(self) -> None:
+        """Close it at once."""
+        if self._busy and not self.lane.must_wait():
+            self._real._request_cancel()
+        self.lane.abandon()
+
+
+class _Inside(NamedTuple):
+    """What a pool works with: inside of a block other holders than outside."""
+
+    holders: list[Any]
+    queue: Any
+    closing: bool = False
+    closed: bool = False
+
+
+class PoolSandbox(Sandbox):
+    """The sandbox of one pool."""
+
+    def __init__(self, pool: Any) -> None:
+        self.active = False
+        self.shared: Shared | None = None
+        self._pool = pool
+        self._real: Any = None
+        self._inside: _Inside | None = None
+        self._outside: _Inside | None = None
+        self._guarded: list[tuple[Any, Any]] = []
+
+    async def begin(self) -> None:
+        """Put connections in the pool that are lanes of one real connection."""
+        pool = self._pool
+        if pool._closing or pool._closed:
+            return
+        if self._real is None or self._real.is_closed():
+            self._inside = None
+            self._real = await pool._get_new_connection()
+            self.shared = Shared(RealConnection(self._real))
+        if self._inside is None:
+            self._inside = self._made_inside()
+        self._outside = self._put_in(self._inside)
+        self._guard_what_is_out()
+        self.active = True
+
+    async def end(self) -> None:
+        """Take them out, and undo what they did."""
+        if not self.active:
+            return
+        assert self.shared is not None
+        assert self._outside is not None
+        await lets_go(lambda: not self._held())
+        strays = [lane for holder in self._held() if (lane := lane_of(holder._con)) is not None]
+        told = escaped_strays("connection", strays) if strays else None
+        for holder in self._held():
+            holder.terminate()
+        self.active = False
+        self._inside = self._put_in(self._outside)._replace(closing=False, closed=False)
+        for connection, protocol in self._guarded:
+            if connection._protocol is not None:
+                connection._protocol = protocol
+        self._guarded.clear()
+        try:
+            await self.shared.end()
+        finally:
+            if self.shared.dirty_schema:  # what was prepared, or is known of types, may be of no use
+                self._inside = None
+                await self._real.close(timeout=_SECONDS)
+        if told is not None:
+            raise told
+
+    async def close(self) -> None:
+        """Close the real connection."""
+        with suppress(SandboxEscapedError):
+            await self.end()
+        if self._real is not None:
+            await self._real.close(timeout=_SECONDS)
+
+    def terminate(self) -> None:
+        """Cut the real connection off."""
+        if self.active and self._outside is not None:
+            self.active = False
+            self._put_in(self._outside)
+        if self._real is not None:
+            self._real.terminate()
+
+    async def connect(self) -> Any:
+        """Return a new connection of the application's."""
+        assert self.shared is not None
+        connection = connect(self.shared, self._real)
+        if self._pool._init is not None:
+            await self._pool._init(connection)
+        return connection
+
+    def refuse_hopeless(self) -> None:
+        """Raise where the running task waits for a connection, and has them all itself."""
+        if self._pool._queue.empty():
+            lanes = [lane_of(holder._con) for holder in self._held()]
+            here = asyncio.current_task()
+            if lanes and all(lane is not None and lane.task is here for lane in lanes):
+                raise SandboxBusyError(
+                    "this acquire() waits for ever, in production as well: the pool's "
+                    f"{len(lanes)} connections are all held by the task that asks for one more.\n"
+                    + "".join(f"  acquired at {lane}\n" for lane in lanes)
+                    + "Pass a connection on instead of acquiring another, or raise max_size."
+                )
+
+    def _held(self) -> list[Any]:
+        return [holder for holder in self._pool._holders if not holder.is_idle()]
+
+    def _made_inside(self) -> _Inside:
+        pool = self._pool
+        outside = pool._queue
+
+        class Queue(type(outside)):  # type: ignore[misc]
+            def put_nowait(self, holder: Any) -> None:
+                # What was out when the block began comes back to where it belongs.
+                if holder in holders:
+                    super().put_nowait(holder)
+                else:
+                    outside.put_nowait(holder)
+
+        holders = [
+            PoolConnectionHolder(
+                pool,
+                max_queries=pool._max_queries,
+                max_inactive_time=0,
+                setup=pool._setup,
+            )
+            for _ in pool._holders
+        ]
+        queue = Queue(maxsize=pool._maxsize)
+        for holder in holders:
+            queue.put_nowait(holder)
+        return _Inside(holders, queue)
+
+    def _put_in(self, inside: _Inside) -> _Inside:
+        pool = self._pool
+        before = _Inside(pool._holders, pool._queue, pool._closing, pool._closed)
+        pool._holders, pool._queue, pool._closing, pool._closed = inside
+        return before
+
+    def _guard_what_is_out(self) -> None:
+        assert self._outside is not None
+        for holder in self._outside.holders:
+            connection = holder._con
+            if not holder.is_idle() and connection is not None and connection._protocol is not None:
+                self._guarded.append((connection, connection._protocol))
+                connection._protocol = _OutsideProtocol(connection)
+
+
+class _OutsideProtocol:
+    """Stands before a connection that was acquired before the block, whose statements would last."""
+
+    def __init__(self, connection: Any) -> None:
+        self._real = connection._protocol
+        self._allowed = {connection.get_reset_query(), "ROLLBACK"}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    async def query(self, query: str, seconds: Any) -> Any:
+        """Let only a release pass."""
+        if query not in self._allowed:
+            await self._refuse()
+        return await self._real.query(query, seconds)
+
+    async def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise SandboxEscapedError(
+            "this connection was acquired before the sandbox began, and what it does would last. Acquire "
+            "one when it is needed, for as long as it is: async with pool.acquire() as connection."
+        )
+
+    prepare = bind_execute = bind_execute_many = bind = execute = copy_out = copy_in = _refuse
+
+
+class SandboxedPool:
+    """What the class of a pool is mixed with, so that it asks its sandbox for connections."""
+
+    __slots__ = ()  # the layout must not change
+    _sandbox: PoolSandbox
+
+    async def _acquire(self, seconds: float | None) -> Any:
+        refuse_stragglers("a pool of asyncpg")
+        if self._sandbox.active and seconds is None:
+            self._sandbox.refuse_hopeless()
+        connection = await cast(Any, super())._acquire(seconds)
+        lane = lane_of(connection._con)
+        if lane is not None:
+            lane.acquired()
+        return connection
+
+    def _get_new_connection(self) -> Awaitable[Any]:
+        if self._sandbox.active:
+            return self._sandbox.connect()
+        return cast(Awaitable[Any], cast(Any, super())._get_new_connection())
+
+
+def sandbox(pool: Any) -> PoolSandbox:
+    """Make *pool* ask a sandbox for connections, and return that."""
+    made = PoolSandbox(pool)
+    kind = type(pool)
+    attributes = {"__slots__": (), "__doc__": kind.__doc__, "_sandbox": made}
+    pool.__class__ = type(kind.__name__, (SandboxedPool, kind), attributes)
+    return made
