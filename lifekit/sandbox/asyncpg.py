@@ -21,7 +21,9 @@ from lifekit._errors import SandboxBusyError, SandboxEscapedError
 from lifekit._sandbox import refuse_stragglers
 from lifekit.drivers import Sandbox
 
-from ._shared import Lane, Shared, escaped_strays, lets_go
+from ._holders import escaped_strays, lets_go
+from ._lane import Lane
+from ._shared import Shared
 
 _SECONDS = 60.0
 """For the sandbox's own statements, which wait for no lock and do little."""
@@ -37,9 +39,10 @@ class RealConnection:
         """Send statements in one message; whatever they return is dropped."""
         await self.connection._protocol.query(sql, _SECONDS)
 
-    async def ask(self, sql: str) -> bool:
-        """Return the one value that a query gives."""
-        return bool(await self.connection.fetchval(sql, timeout=_SECONDS))
+    async def ask(self, sql: str) -> str | None:
+        """Return the one value that a query gives, a text or NULL."""
+        answer: str | None = await self.connection.fetchval(sql, timeout=_SECONDS)
+        return answer
 
     def error(self, sqlstate: str, message: str) -> Exception:
         """Return the error by which asyncpg tells of a refusal by the server."""
@@ -73,11 +76,20 @@ def _running(
     """Make the method *name* of a protocol, which runs a prepared statement or a COPY."""
 
     async def run(self: _LaneProtocol, state: Any, *args: Any, **options: Any) -> Any:
-        text = state if isinstance(state, str) else state.query
+        lane, text = self.lane, state if isinstance(state, str) else state.query
+        if not self._busy and lane.goes_directly(text):
+            self._busy = True
+            try:
+                return await getattr(self._real, name)(state, *args, **options)
+            except BaseException:
+                lane.doubtful = True
+                raise
+            finally:
+                self._busy = False
         timeout = options.get("timeout", args[timeout_at] if "timeout" not in options else None)
         send = partial(getattr(self._real, name), state, *args, **options)
         return await self._one_at_a_time(
-            self.lane.run(text, send, lambda tag: answer(tag, args, options)), timeout
+            lane.run(text, send, lambda tag: answer(tag, args, options)), timeout
         )
 
     return run
@@ -208,9 +220,11 @@ class PoolSandbox(Sandbox):
             self.shared = Shared(RealConnection(self._real))
         if self._inside is None:
             self._inside = self._made_inside()
+        assert self.shared is not None
         self._outside = self._put_in(self._inside)
         self._guard_what_is_out()
         self.active = True
+        self.shared.begin()
 
     async def end(self) -> None:
         """Take them out, and undo what they did."""
@@ -218,11 +232,14 @@ class PoolSandbox(Sandbox):
             return
         assert self.shared is not None
         assert self._outside is not None
-        await lets_go(lambda: not self._held())
-        strays = [lane for holder in self._held() if (lane := lane_of(holder._con)) is not None]
-        told = escaped_strays("connection", strays) if strays else None
-        for holder in self._held():
-            holder.terminate()
+        told: SandboxEscapedError | None = None
+        if self._held():
+            await lets_go(lambda: not self._held())
+            if held := self._held():
+                strays = [lane for holder in held if (lane := lane_of(holder._con)) is not None]
+                told = escaped_strays("connection", strays)
+                for holder in held:
+                    holder.terminate()
         self.active = False
         self._inside = self._put_in(self._outside)._replace(closing=False, closed=False)
         for connection, protocol in self._guarded:
@@ -336,8 +353,8 @@ class _OutsideProtocol:
 
     async def _refuse(self, *args: Any, **options: Any) -> Any:
         raise SandboxEscapedError(
-            "this connection was acquired before the sandbox began, and what it does would last. Acquire "
-            "one when it is needed, for as long as it is: async with pool.acquire() as connection."
+            "this connection was acquired before the sandbox began, and what it does would last. "
+            "Acquire one when it is needed, for as long as it is: async with pool.acquire() as …."
         )
 
     prepare = bind_execute = bind_execute_many = bind = execute = copy_out = copy_in = _refuse

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from lifekit._sandbox import Sandboxing
 from lifekit._sandbox import sandboxing as _current
 
-__all__ = ["Sandboxing", "sandboxing"]
+from ._client import client, sync_client
+
+__all__ = ["Sandboxing", "client", "sandboxing", "sync_client"]
 
 
 @contextmanager

@@ -1,0 +1,144 @@
+"""Clients of an application whose lifespan runs, sandboxed if asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from lifekit._errors import LifekitError
+from lifekit._sandbox import _block  # pyright: ignore[reportPrivateUsage]
+from lifekit.asgi import ASGIApp
+
+from ._app import Running, running
+
+if TYPE_CHECKING:
+    from httpx2 import AsyncClient
+    from starlette.testclient import TestClient
+
+
+@asynccontextmanager
+async def client(app: ASGIApp, *, sandbox: bool = False, **options: Any) -> AsyncGenerator[AsyncClient]:
+    """Run the application around ``async with``, and give a client that sends it requests.
+
+    The application starts at the ``async with``, in this event loop, and stops at its end, whatever the
+    body did. An override of this context holds for it.
+
+    Args:
+        app: The ASGI application.
+        sandbox: Undo all that the body let the application do to values that lifekit can sandbox. What
+            its lifespan itself does while it starts and stops is real.
+        options: Those of httpx2's (else httpx's) ``AsyncClient``, of which ``base_url`` is
+            ``http://test`` by default, and of its ``ASGITransport``: ``raise_app_exceptions``,
+            ``root_path``, ``client``.
+
+    Raises:
+        StartupError: At the ``async with``; another lifespan's own errors come likewise.
+        ShutdownError: At its end, likewise. Where the body failed, that error gets it as a note.
+        SandboxError: It has no lifespan of lifekit's to sandbox.
+        SandboxEscapedError: At the end: something is still in use, or could not be undone.
+    """
+    _httpx()
+    async with (
+        running(app, sandboxed=sandbox) as served,
+        served.sandbox() if sandbox else nullcontext(),
+        client_of(served, **options) as made,
+    ):
+        yield made
+
+
+def client_of(
+    served: Running,
+    *,
+    base_url: str = "http://test",
+    raise_app_exceptions: bool = True,
+    root_path: str = "",
+    client: tuple[str, int] = ("127.0.0.1", 123),
+    **options: Any,
+) -> AsyncClient:
+    """Return a client of an application that runs; there may be any number of them."""
+    httpx = _httpx()
+    transport = httpx.ASGITransport(
+        served.app, raise_app_exceptions=raise_app_exceptions, root_path=root_path, client=client
+    )
+    made: AsyncClient = httpx.AsyncClient(transport=transport, base_url=base_url, **options)
+    return made
+
+
+@contextmanager
+def sync_client(
+    app: ASGIApp,
+    *,
+    sandbox: bool = False,
+    backend: Literal["asyncio", "trio"] = "asyncio",
+    backend_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Generator[TestClient]:
+    """Run the application around ``with``, in a thread of its own, and give Starlette's ``TestClient``.
+
+    All else is as with `client`; an override of the calling thread's context holds for it, too.
+
+    Args:
+        app: The ASGI application.
+        sandbox: Undo all that the body let the application do to values that lifekit can sandbox. What
+            its lifespan itself does while it starts and stops is real.
+        backend: The kind of event loop.
+        backend_options: AnyIO's, such as ``{"use_uvloop": True}``.
+        options: The other ones of ``TestClient``.
+
+    Raises:
+        StartupError: At the ``with``; another lifespan's own errors come likewise.
+        ShutdownError: At its end, likewise. Where the body failed, that error gets it as a note.
+        SandboxError: It has no lifespan of lifekit's to sandbox.
+        SandboxEscapedError: At the end: something is still in use, or could not be undone.
+    """
+    _httpx()
+    with (
+        start_blocking_portal(backend, backend_options) as portal,
+        portal.wrap_async_context_manager(running(app, sandboxed=sandbox)) as served,
+        sandbox_in(portal, served) if sandbox else nullcontext(),
+        sync_client_of(served, portal, **options) as made,
+    ):
+        yield made
+
+
+@contextmanager
+def sync_client_of(served: Running, portal: BlockingPortal, **options: Any) -> Generator[TestClient]:
+    """Give a client of an application that runs in the event loop of *portal*."""
+    from starlette.testclient import TestClient
+
+    made = TestClient(served.app, **options)
+    made.app = served.application  # whose dependency_overrides tests set
+    made.app_state = served.state
+    made.portal = portal
+    with closing(made):  # cuts off responses that are still being streamed
+        yield made
+
+
+@contextmanager
+def sandbox_in(portal: BlockingPortal, served: Running) -> Generator[None]:
+    """Sandbox, around ``with``, an application that runs in the event loop of *portal*."""
+    with portal.wrap_async_context_manager(served.sandbox()) as block:
+        outer = _block.get()
+        _block.set(block)  # what the calling thread sends into the loop is inside
+        try:
+            yield
+        finally:
+            if _block.get() is block:
+                _block.set(outer)
+
+
+def _httpx() -> ModuleType:
+    for name in ("httpx2", "httpx"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+    raise LifekitError(
+        "the clients of lifekit.testing need httpx2, or httpx: pip install 'lifekit[httpx2]'"
+    )

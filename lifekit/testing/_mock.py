@@ -1,0 +1,510 @@
+"""Mocks that know what a resource is: `unittest.mock`, told by the type what each call gives."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+import sys
+import types
+import typing
+from collections import abc
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from unittest.mock import AsyncMock, MagicMock, NonCallableMagicMock
+
+from lifekit._errors import OverrideError
+from lifekit._resource import Resource
+from lifekit._stack import caller
+
+Base: Any = NonCallableMagicMock if TYPE_CHECKING else object
+
+UNKNOWN: Final = Any
+"""Stands for a type that no annotation tells: what comes of it can do anything."""
+
+# asyncpg annotates none of these.
+UNSAID: Final = {
+    "asyncpg.pool.Pool.acquire": ("asyncpg", "Connection", ("__await__", "__aenter__")),
+    "asyncpg.connection.Connection.transaction": ("asyncpg.transaction", "Transaction", ()),
+    "asyncpg.connection.Connection.cursor": ("asyncpg.cursor", "CursorFactory", ()),
+    "asyncpg.connection.Connection.prepare": ("asyncpg.prepared_stmt", "PreparedStatement", ()),
+}
+
+_AWAITED: set[object] = {abc.Awaitable, abc.Coroutine}
+_ITERATED: set[object] = {abc.AsyncGenerator, abc.AsyncIterator, abc.AsyncIterable}
+_YIELDED: set[object] = {abc.Generator, abc.Iterator, *_ITERATED}
+_ENTERED: dict[object, str] = {
+    AbstractAsyncContextManager: "__aenter__",
+    AbstractContextManager: "__enter__",
+}
+
+
+def mock(handle: Resource[Any]) -> Any:
+    """Return a mock of the handle's type, as its factory's return annotation names it.
+
+    It is configured and asked as every `unittest.mock` is, and opens nothing. Calls are checked
+    against the real signatures, attributes that the type lacks are refused, and
+    ``isinstance(fake, TheType)`` holds. A method's ``return_value`` is what the application has in
+    the end: after ``await``, after ``as`` in ``async with``, item by item in ``async for``::
+
+        fake = mock(cache)
+        fake.get.return_value = "x"               # assert await fake.get("k") == "x"
+        fake.get.side_effect = ConnectionError()  # raised by the await
+        fake.scan_iter.return_value = ["a", "b"]  # async for key in fake.scan_iter()
+
+        connection = mock(db).acquire.return_value       # `await pool.acquire()`, and the same
+        connection.fetchval.return_value = 3             # by `async with pool.acquire() as …`
+        cursor.__aiter__.return_value = [(1,), (2,)]     # async for row in cursor
+
+    Where nothing is configured, a call gives a mock of its annotated type, None where that is
+    None, and where none is known a mock that can be called, awaited and entered, to give itself.
+
+    The return type is Any, since no type has both the value's methods and theirs' ``return_value``.
+
+    Args:
+        handle: The resource to mock.
+
+    Raises:
+        OverrideError: No handle, or a factory whose annotation does not name one class.
+    """
+    if not isinstance(handle, Resource):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OverrideError(
+            f"{caller()}: a {type(handle).__name__} can't be mocked; name the resource by its handle, "
+            "the name that @registry.resource decorates."
+        )
+    return _value(_made_by(handle), {})
+
+
+def _made_by(handle: Resource[Any]) -> type:
+    factory: Any = handle.factory
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    if isinstance(factory, type):
+        annotation: object = factory
+    else:
+        function = inspect.unwrap(factory if inspect.isroutine(factory) else type(factory).__call__)
+        raw = getattr(function, "__annotations__", {}).get("return", inspect.Parameter.empty)
+        if raw is inspect.Parameter.empty:
+            raise _unclear(handle, "has no return annotation")
+        try:
+            annotation = _resolved(raw, function.__globals__)
+        except Exception as error:
+            why = f"is annotated {raw!r}, which can't be resolved at run time ({error}). Import it"
+            raise _unclear(handle, f"{why} outside `if TYPE_CHECKING:`") from None
+    told = annotation
+    while (origin := typing.get_origin(annotation)) in {*_AWAITED, *_YIELDED, *_ENTERED}:
+        arguments = typing.get_args(annotation)
+        annotation = arguments[-1 if origin is abc.Coroutine else 0]
+        if origin in _YIELDED:
+            break
+    else:
+        for enter in _ENTERED.values():
+            entered = _entered(annotation, enter)
+            if entered is not UNKNOWN and entered is not None:
+                annotation = entered
+                break
+    kind = _kind(annotation, None)
+    if not isinstance(kind, type) or kind is UNKNOWN:
+        raise _unclear(handle, f"is annotated {told!r}, which is no one class")
+    return kind
+
+
+def _unclear(handle: Resource[Any], why: str) -> OverrideError:
+    name = handle.name
+    return OverrideError(
+        f"{caller()}: mock({name}) can't tell what {name} ({handle.location}) is: its factory {why}. "
+        f"Annotate the factory with the class that it makes: def {name}(…) -> TheClass: …"
+    )
+
+
+@dataclass(frozen=True)
+class Gives:
+    """What a call gives: how the application comes by the value, and the value's annotation.
+
+    No ``uses`` means that the call itself returns it.
+    """
+
+    value: object = UNKNOWN
+    uses: tuple[str, ...] = ()
+    fluent: bool = False
+
+
+@dataclass(frozen=True)
+class About:
+    """What a mock stands for: an instance of ``kind``, or a method of ``owner``, or nothing known."""
+
+    kind: type | None = None
+    owner: Any = None
+    called: Callable[..., Any] | None = None
+    gives: Gives = Gives()  # noqa: RUF009
+
+
+def _gives(function: Any, owner: type) -> Gives:
+    inner: Any = inspect.unwrap(function)
+    unsaid = UNSAID.get(f"{inner.__module__}.{inner.__qualname__}") if hasattr(inner, "__module__") else None
+    if unsaid is not None:
+        module, name, uses = unsaid
+        return Gives(getattr(import_module(module), name), uses)
+    annotation = _returned(inner, owner)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    first = arguments[0] if arguments else UNKNOWN
+    if inspect.iscoroutinefunction(function):
+        return Gives(annotation)
+    if inspect.isasyncgenfunction(function):
+        return Gives(UNKNOWN, ("__aiter__",))
+    if inspect.isasyncgenfunction(inner):
+        # Made by contextlib it can be entered only; what others make of it may be awaited too.
+        entered = function.__globals__.get("__name__") == "contextlib"
+        return Gives(first, ("__aenter__",) if entered else ("__await__", "__aenter__", "__aiter__"))
+    if inspect.isgeneratorfunction(inner) and inner is not function:
+        return Gives(first, ("__enter__",))
+    if origin in _AWAITED or annotation in _AWAITED or annotation is typing.Awaitable:
+        return Gives(arguments[-1] if arguments else UNKNOWN, ("__await__",))
+    if origin in _ITERATED:
+        return Gives(UNKNOWN, ("__aiter__",))
+    if origin in _ENTERED:
+        return Gives(first, (_ENTERED[origin],))
+    if origin in {typing.Union, types.UnionType}:
+        awaited = [each for each in arguments if typing.get_origin(each) in _AWAITED]
+        if awaited:
+            return Gives(typing.get_args(awaited[0])[-1], ("__await__",), fluent=True)
+    for enter in ("__aenter__", "__enter__"):
+        if _is_parameter(annotation, enter):
+            uses = tuple(use for use in USES if hasattr(origin, use))
+            return Gives(_entered(annotation, enter), uses)
+    return Gives(annotation)
+
+
+def _is_parameter(annotation: object, enter: str) -> bool:
+    origin: Any = typing.get_origin(annotation)
+    told = _returned(getattr(origin, enter, None), origin) if isinstance(origin, type) else None
+    return isinstance(told, TypeVar) and told in getattr(origin, "__parameters__", ())
+
+
+def _entered(annotation: object, enter: str) -> object:
+    kind: Any = typing.get_origin(annotation) or annotation
+    function = getattr(kind, enter, None) if isinstance(kind, type) else None
+    if function is None:
+        return UNKNOWN
+    if _is_parameter(annotation, enter):
+        told = _returned(function, kind)
+        return typing.get_args(annotation)[kind.__parameters__.index(told)]
+    entered = _kind(_returned(function, kind), kind)
+    return annotation if entered is Self else entered
+
+
+def _returned(function: Any, owner: type | None) -> object:
+    function = inspect.unwrap(function)
+    raw = getattr(function, "__annotations__", {}).get("return", UNKNOWN)
+    return _told(raw, getattr(function, "__globals__", {}), owner)
+
+
+def _told(raw: object, names: Mapping[str, Any], owner: type | None) -> object:
+    with suppress(Exception):  # a name that only type checkers can resolve
+        return _resolved(raw, names, {owner.__name__: owner} if owner is not None else {})
+    return UNKNOWN
+
+
+def _resolved(raw: object, names: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> object:
+    names = {**names, **{name: names.get(name, kind) for name, kind in (own or {}).items()}}
+
+    def probe() -> None: ...
+
+    def read(annotation: object) -> object:
+        probe.__annotations__ = {"return": annotation}
+        return typing.get_type_hints(probe, names)["return"]
+
+    try:
+        return read(raw)
+    except Exception:
+        if not isinstance(raw, str):
+            raise
+        bare = _Bare(names).visit(ast.parse(raw, mode="eval"))
+        return read(ast.unparse(bare))
+
+
+class _Bare(ast.NodeTransformer):
+    # `Pool[Record]` is legal to type checkers with stubs where Pool takes no subscript.
+    def __init__(self, names: Mapping[str, Any]) -> None:
+        self._names = names
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        node.slice = self.visit(node.slice)
+        try:
+            eval(ast.unparse(node), dict(self._names))
+        except Exception:
+            return node.value
+        return node
+
+
+def _kind(annotation: object, owner: type | None) -> object:
+    """Return a class, None, Self, or UNKNOWN."""
+    if annotation is None or annotation is types.NoneType:
+        return None
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in {typing.ClassVar, typing.Final}:
+        return _kind(arguments[0], owner)
+    if origin in {typing.Union, types.UnionType} and owner is not None:
+        known = [each for each in arguments if each is not types.NoneType]
+        return _kind(known[0], owner) if len(known) == 1 else UNKNOWN
+    if isinstance(annotation, TypeVar) and owner is not None:
+        bound: Any = annotation.__bound__
+        if isinstance(bound, typing.ForwardRef):
+            bound = _told(bound.__forward_arg__, vars(sys.modules[annotation.__module__]), owner)
+        bound = UNKNOWN if bound is None else _kind(bound, owner)
+        return Self if isinstance(bound, type) and bound is not Any and issubclass(owner, bound) else bound
+    if annotation is Self:
+        return Self
+    kind = origin or annotation
+    return kind if isinstance(kind, type) and kind is not type else UNKNOWN
+
+
+class Part(Base):
+    """What the mocks of values and of their methods share: each child is made when first asked for."""
+
+    def __init__(self, *, about: About, **options: Any) -> None:
+        self.__dict__["_lifekit"] = about
+        super().__init__(unsafe=True, **options)
+        if about.called is None and (about.kind is None or hasattr(about.kind, "__await__")):
+            type(self).__await__ = _itself
+
+    def __getattr__(self, name: str) -> Any:
+        about: About = self.__dict__["_lifekit"]
+        constant = inspect.getattr_static(about.kind, name, None) if about.kind is not None else None
+        if isinstance(constant, _CONSTANT) and not name.startswith("__"):
+            return constant
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise self._lacks(name) from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        try:
+            super().__setattr__(name, value)
+        except AttributeError:
+            raise self._lacks(name) from None
+
+    def _lacks(self, name: str) -> AttributeError:
+        about: About = self.__dict__["_lifekit"]
+        what = _named(about.kind) if about.kind is not None else getattr(about.called, "__qualname__", "it")
+        return AttributeError(f"{what} has no attribute {name!r}", name=name, obj=self)
+
+    def __repr__(self) -> str:
+        about: About = self.__dict__["_lifekit"]
+        what = about.kind and _named(about.kind)
+        return f"<mock of {what or getattr(about.called, '__qualname__', 'an unknown type')}>"
+
+    def _get_child_mock(self, **options: Any) -> Any:
+        # unittest.mock calls it for whatever it has not made yet: attributes, results, magic methods.
+        about: About = self.__dict__["_lifekit"]
+        name: str = options["_new_name"]
+        if name == "()":
+            return _result(about.gives.value, about.owner, about.kind, self, options)
+        if name.startswith("__") and name.endswith("__"):
+            made = (AsyncMock if name in _ASYNC else MagicMock)(**options)
+            if name in _ENTERED.values():
+                told = _entered(about.kind, name) if about.kind is not None else UNKNOWN
+                itself = told is about.kind or told is UNKNOWN
+                made.return_value = self if itself else _result(told, self, about.kind, self, {})
+            return made
+        if about.kind is None:
+            return Plain(about=About(), **options)
+        return _attribute(self, about.kind, name, options)
+
+
+def _itself(self: Any) -> Generator[Any, Any, Any]:
+    return self
+    yield
+
+
+class Value(Part, NonCallableMagicMock):
+    """Stands for a value."""
+
+
+class Plain(Part, MagicMock):
+    """Stands for what a plain call returns from: a method, a value that can be called."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        _check(self.__dict__["_lifekit"], args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+class Deferred(Part, AsyncMock):
+    """Stands for a method whose value comes by await, ``async with`` or ``async for``."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        about: About = self.__dict__["_lifekit"]
+        _check(about, args, kwargs)
+        coming: Coroutine[Any, Any, Any] = super().__call__(*args, **kwargs)
+        if not about.gives.uses:
+            return coming
+        return _coming(about.gives.uses, about.gives.fluent)(coming, about.owner)
+
+
+_ASYNC = {"__aenter__", "__aexit__", "__anext__"}
+_CONSTANT = (str, bytes, int, float, Enum)
+
+
+def _check(about: About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if about.called is None:
+        return
+    try:
+        signature = inspect.signature(about.called)
+    except ValueError:  # a builtin that does not say
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{about.called.__qualname__}(): {error}") from None
+
+
+def _result(
+    annotation: object, owner: Any, kind: type | None, mocked: Any, options: dict[str, Any]
+) -> Any:
+    of = kind or (owner.__dict__["_lifekit"].kind if owner is not None else None)
+    made = _kind(annotation, of or object)
+    if made is None:
+        return None
+    if made is Self:
+        return mocked if owner is None else owner
+    if made is UNKNOWN or not isinstance(made, type):
+        return Plain(about=About(), **options)
+    return _value(made, options)
+
+
+def _value(kind: type, options: dict[str, Any]) -> Any:
+    called = any("__call__" in vars(base) for base in kind.__mro__)
+    if called:
+        function: Any = inspect.getattr_static(kind, "__call__")
+        about = About(kind, None, types.MethodType(function, kind), _gives(function, kind))
+        mocked = _class_for(function, about.gives)(about=about, spec_set=_names(kind), **options)
+    else:
+        mocked = Value(about=About(kind), spec_set=_names(kind), **options)
+    mocked.__class__ = kind
+    return mocked
+
+
+def _class_for(function: Any, gives: Gives) -> Any:
+    return Deferred if gives.uses or inspect.iscoroutinefunction(function) else Plain
+
+
+@functools.cache
+def _names(kind: type) -> list[str]:
+    """Return the names of the attributes that an instance has, as far as its class tells."""
+    names = set(dir(kind))
+    for base in kind.__mro__:
+        names.update(inspect.get_annotations(base))
+        made: Any = inspect.unwrap(vars(base).get("__init__"))  # type: ignore[arg-type]
+        if inspect.isfunction(made):
+            lines = dis.get_instructions(made)
+            names.update(each.argval for each in lines if each.opname == "STORE_ATTR")
+    return sorted(names)
+
+
+def _attribute(mocked: Any, kind: type, name: str, options: dict[str, Any]) -> Any:
+    raw: Any = inspect.getattr_static(kind, name, None)
+    if isinstance(raw, property | functools.cached_property):
+        getter = raw.fget if isinstance(raw, property) else raw.func
+        return _result(_returned(getter, kind), mocked, kind, mocked, options)
+    if isinstance(raw, staticmethod | classmethod):
+        function, called = raw.__func__, getattr(kind, name)
+    elif inspect.isroutine(raw) and callable(raw):
+        function, called = raw, types.MethodType(raw, kind)
+    else:
+        return _result(_annotated(kind, name), mocked, kind, mocked, options)
+    about = About(None, mocked, called, _gives(function, kind))
+    method = _class_for(function, about.gives)(about=about, spec_set=called)
+    mocked.attach_mock(method, name)  # made with a parent it would take off the first parameter
+    return method
+
+
+def _annotated(kind: type, name: str) -> object:
+    for base in kind.__mro__:
+        if name in (told := inspect.get_annotations(base)):
+            return _told(told[name], vars(sys.modules[base.__module__]), base)
+    return UNKNOWN
+
+
+def _named(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class Coming:
+    """What a call returned whose value is still to come; it need not be waited for."""
+
+    def __init__(self, coming: Coroutine[Any, Any, Any], owner: Any) -> None:
+        self._coming, self._owner = coming, owner
+
+    def __del__(self) -> None:
+        self._coming.close()
+
+
+class Awaited(Coming, Coroutine[Any, Any, Any]):
+    def __await__(self) -> Generator[Any, Any, Any]:
+        # A generator, so that what waits keeps this alive: __del__ would close what it waits for.
+        return (yield from self._coming.__await__())
+
+    def send(self, value: Any, /) -> Any:
+        return self._coming.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._coming.throw(*error)
+
+    def close(self) -> None:
+        self._coming.close()
+
+
+class Entered(Coming):
+    async def __aenter__(self) -> Any:
+        return await self._coming
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+
+class EnteredSync(Coming):
+    def __enter__(self) -> Any:
+        try:
+            self._coming.send(None)
+        except StopIteration as done:
+            return done.value
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class Iterated(Coming):
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        items = await self._coming
+        if hasattr(type(items), "__aiter__"):
+            async for item in items:
+                yield item
+        else:
+            for item in items:
+                yield item
+
+
+class Fluent(Coming):
+    # Where a call may return a value or an awaitable, some return their own object, to be called on:
+    # pipe.set("a", 1).incr("b").
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self._owner is None:
+            raise AttributeError(name)
+        return getattr(self._owner, name)
+
+
+USES: dict[str, type[Coming]] = {
+    "__await__": Awaited,
+    "__aenter__": Entered,
+    "__enter__": EnteredSync,
+    "__aiter__": Iterated,
+}
+
+
+@functools.cache
+def _coming(uses: tuple[str, ...], fluent: bool) -> type[Coming]:
+    bases = tuple(USES[use] for use in uses) + ((Fluent,) if fluent else ())
+    return type("Coming", bases, {})
