@@ -6,14 +6,33 @@ import asyncio
 import functools
 from collections.abc import Iterable
 from contextlib import suppress
-from types import CodeType
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lifekit._stack import caller_frame, code_line
 
-Site = tuple[CodeType, int, str, str | None]
-"""A code object, a line in it, its module, and a task's name: text is made only when asked for."""
+
+class Loan:
+    """The line, and the task, that asked for a connection: as text only when it is asked for."""
+
+    __slots__ = ("_code", "_line", "_module", "task")
+
+    def __init__(self, frame: FrameType, task: str | None) -> None:
+        self._code, self._line = frame.f_code, frame.f_lineno
+        self._module = frame.f_globals.get("__name__", "")
+        self.task = task
+
+    @property
+    def line(self) -> str:
+        """``file:line in function``."""
+        # In a task that runs nothing but the acquire, the asking line was not on the stack.
+        if self._module.partition(".")[0] in {"asyncio", "lifekit"}:
+            return "an unknown line"
+        return f"{code_line(self._code.co_filename, self._line)} in {self._code.co_qualname}"
+
+    def __str__(self) -> str:
+        return f"{self.line} (task {self.task!r})" if self.task is not None else self.line
 
 
 class Loans:
@@ -21,35 +40,28 @@ class Loans:
 
     def __init__(self, package: str) -> None:
         self._package = package
-        self._sites: WeakKeyDictionary[object, Site] = WeakKeyDictionary()
+        self._loans: WeakKeyDictionary[object, Loan] = WeakKeyDictionary()
 
-    def here(self) -> Site:
+    def here(self) -> Loan:
         """Return the line outside the package, and the task, that now ask for a connection."""
         frame = caller_frame(self._package)
         try:
             task = asyncio.current_task()
         except RuntimeError:  # no loop runs: what acquire() returned is awaited later
             task = None
-        name = task.get_name() if task is not None else None
-        return frame.f_code, frame.f_lineno, frame.f_globals.get("__name__", ""), name
+        return Loan(frame, task.get_name() if task is not None else None)
 
-    def note(self, key: object, site: Site) -> None:
+    def note(self, key: object, loan: Loan) -> None:
         """Remember where the connection *key* was acquired; it is held weakly."""
-        self._sites[key] = site
+        self._loans[key] = loan
+
+    def of(self, key: object) -> Loan | None:
+        """Return where the connection *key* was acquired."""
+        return self._loans.get(key)
 
     def lines(self, out: Iterable[object]) -> list[str]:
         """Return a line for each key in *out*: those that have not been given back."""
-        return sorted(_text(self._sites.get(key)) for key in out)
-
-
-def _text(site: Site | None) -> str:
-    if site is None:
-        return "an unknown line"
-    code, line, module, task = site
-    # In a task that runs nothing but the acquire, the asking line was not on the stack.
-    lost = module.partition(".")[0] in {"asyncio", "lifekit"}
-    where = "an unknown line" if lost else f"{code_line(code.co_filename, line)} in {code.co_qualname}"
-    return f"{where} (task {task!r})" if task is not None else where
+        return sorted(str(self.of(key) or "an unknown line") for key in out)
 
 
 def mix_in(noting: Any, pool: Any) -> None:

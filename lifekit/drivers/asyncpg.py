@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
     Pool = asyncpg.Pool
 
-_loans = Loans("asyncpg")
+loans = Loans("asyncpg")
 _TRANSIENT = (
     exceptions.PostgresConnectionError,
     exceptions.TooManyConnectionsError,
@@ -42,7 +42,7 @@ class _Noting:
     async def _acquire(self, seconds: float | None) -> Any:
         connection = await cast(Any, super())._acquire(seconds)
         # Not by the holder, which takes no weak reference before 0.32.
-        _loans.note(connection._con, _loans.here())
+        loans.note(connection._con, loans.here())
         return connection
 
 
@@ -95,7 +95,7 @@ class AsyncpgDriver(Driver[Pool]):
     def holders(self, value: Pool) -> Sequence[str]:
         """Return where each connection that is out was acquired."""
         pool: Any = value
-        return _loans.lines(holder._con for holder in pool._holders if not holder.is_idle())
+        return loans.lines(holder._con for holder in pool._holders if not holder.is_idle())
 
     def sandbox(self, value: Pool) -> Sandbox:
         """Let the pool's connections, inside a block, share one that is never committed."""

@@ -11,6 +11,7 @@ from weakref import ref
 
 from lifekit._errors import SandboxBusyError, SandboxEscapedError
 from lifekit._stack import Site, caller_frame, suspended_frames
+from lifekit.drivers._loans import Loan
 
 
 class Holder:
@@ -20,13 +21,17 @@ class Holder:
 
     def __init__(self, package: str) -> None:
         self._package = package
-        self._site: Site | None = None
+        self._site: object = None
         self._task: Callable[[], asyncio.Task[Any] | None] = _nobody
 
     def acquired(self, frame: FrameType | None = None) -> None:
         """Note who has it from now on."""
         self._site = Site(frame or caller_frame(self._package, "asyncio"))
         self.is_used_here()
+
+    def acquired_before(self, loan: Loan | None) -> None:
+        """Note who has had it since before the block."""
+        self._site = loan
 
     def is_used_here(self) -> None:
         """Note that the running task uses it."""
@@ -40,8 +45,9 @@ class Holder:
 
     def __str__(self) -> str:
         task = self._task()
-        name = f" (task {task.get_name()!r})" if task is not None else ""
-        return f"{self._site or 'an unknown line'}{name}"
+        if task is None or isinstance(self._site, Loan):
+            return str(self._site or "an unknown line")
+        return f"{self._site or 'an unknown line'} (task {task.get_name()!r})"
 
     def holder(self) -> str:
         """Return who has it: the line that acquired it, the task, its coroutine, where that stands."""
@@ -50,11 +56,12 @@ class Holder:
             return str(self)
         coroutine = task.get_coro()
         name = getattr(coroutine, "__qualname__", type(coroutine).__name__)
-        # The last line that is not asyncio's, where it waits in the end.
+        # The last line that is somebody's own, not where it waits in the end.
+        passed = {self._package, "anyio", "lifekit", *sys.stdlib_module_names}
         stands = [
             frame
             for frame in suspended_frames(coroutine)
-            if frame.f_globals.get("__name__", "").partition(".")[0] not in sys.stdlib_module_names
+            if frame.f_globals.get("__name__", "").partition(".")[0] not in passed
         ]
         return f"{self}, which runs {name}{f' and stands at {Site(stands[-1])}' if stands else ''}"
 

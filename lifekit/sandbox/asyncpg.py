@@ -20,6 +20,7 @@ from asyncpg.pool import PoolConnectionHolder
 from lifekit._errors import SandboxBusyError, SandboxEscapedError
 from lifekit._sandbox import refuse_stragglers
 from lifekit.drivers import Sandbox
+from lifekit.drivers.asyncpg import loans
 
 from ._holders import escaped_strays, lets_go
 from ._lane import Lane
@@ -207,7 +208,7 @@ class PoolSandbox(Sandbox):
         self._real: Any = None
         self._inside: _Inside | None = None
         self._outside: _Inside | None = None
-        self._guarded: list[tuple[Any, Any]] = []
+        self._redirected: list[tuple[Any, Any, Any]] = []
 
     async def begin(self) -> None:
         """Put connections in the pool that are lanes of one real connection."""
@@ -222,7 +223,9 @@ class PoolSandbox(Sandbox):
             self._inside = self._made_inside()
         assert self.shared is not None
         self._outside = self._put_in(self._inside)
-        self._guard_what_is_out()
+        for holder in self._outside.holders:
+            if not holder.is_idle():
+                self._redirect(holder._con)
         self.active = True
         self.shared.begin()
 
@@ -232,20 +235,11 @@ class PoolSandbox(Sandbox):
             return
         assert self.shared is not None
         assert self._outside is not None
-        told: SandboxEscapedError | None = None
-        if self._held():
-            await lets_go(lambda: not self._held())
-            if held := self._held():
-                strays = [lane for holder in held if (lane := lane_of(holder._con)) is not None]
-                told = escaped_strays("connection", strays)
-                for holder in held:
-                    holder.terminate()
-        self.active = False
-        self._inside = self._put_in(self._outside)._replace(closing=False, closed=False)
-        for connection, protocol in self._guarded:
-            if connection._protocol is not None:
-                connection._protocol = protocol
-        self._guarded.clear()
+        if self._strays():
+            await lets_go(lambda: not self._strays())
+        strays = self._strays()
+        told = escaped_strays("connection", strays) if strays else None
+        self._put_back()
         try:
             await self.shared.end()
         finally:
@@ -264,9 +258,8 @@ class PoolSandbox(Sandbox):
 
     def terminate(self) -> None:
         """Cut the real connection off."""
-        if self.active and self._outside is not None:
-            self.active = False
-            self._put_in(self._outside)
+        if self.active:
+            self._put_back()
         if self._real is not None:
             self._real.terminate()
 
@@ -281,7 +274,7 @@ class PoolSandbox(Sandbox):
     def refuse_hopeless(self) -> None:
         """Raise where the running task waits for a connection, and has them all itself."""
         if self._pool._queue.empty():
-            lanes = [lane_of(holder._con) for holder in self._held()]
+            lanes = [lane_of(connection) for connection in self._held()]
             here = asyncio.current_task()
             if lanes and all(lane is not None and lane.task is here for lane in lanes):
                 raise SandboxBusyError(
@@ -292,7 +285,13 @@ class PoolSandbox(Sandbox):
                 )
 
     def _held(self) -> list[Any]:
-        return [holder for holder in self._pool._holders if not holder.is_idle()]
+        return [holder._con for holder in self._pool._holders if not holder.is_idle()]
+
+    def _strays(self) -> list[Lane]:
+        lanes = [lane_of(connection) for connection in self._held()]
+        out = [lane_of(connection) for connection, _, _ in self._redirected]
+        lanes += [lane for lane in out if lane is not None and lane.in_transaction]
+        return [lane for lane in lanes if lane is not None]
 
     def _made_inside(self) -> _Inside:
         pool = self._pool
@@ -326,17 +325,41 @@ class PoolSandbox(Sandbox):
         pool._holders, pool._queue, pool._closing, pool._closed = inside
         return before
 
-    def _guard_what_is_out(self) -> None:
+    def _redirect(self, connection: Any) -> None:
+        # Acquired before the block, it is a lane as well while that lasts. What it prepared itself, it
+        # prepared elsewhere.
+        real = connection._protocol
+        if real is None:
+            return
+        self._redirected.append((connection, real, connection._stmt_cache))
+        if real.is_in_transaction():
+            connection._protocol = _OutsideProtocol(connection)
+            return
+        assert self.shared is not None
+        lane = connect(self.shared, self._real)
+        lane._aborted = True  # it only gives what it has
+        connection._protocol, connection._stmt_cache = lane._protocol, lane._stmt_cache
+        connection._protocol.lane.acquired_before(loans.of(connection))
+
+    def _put_back(self) -> None:
         assert self._outside is not None
-        for holder in self._outside.holders:
-            connection = holder._con
-            if not holder.is_idle() and connection is not None and connection._protocol is not None:
-                self._guarded.append((connection, connection._protocol))
-                connection._protocol = _OutsideProtocol(connection)
+        for connection in self._held():
+            connection.terminate()
+        for connection, protocol, statements in self._redirected:
+            lane = lane_of(connection)
+            if lane is not None:
+                if lane.in_transaction:
+                    connection._top_xact = None
+                lane.abandon()
+            if connection._protocol is not None:
+                connection._protocol, connection._stmt_cache = protocol, statements
+        self._redirected.clear()
+        self.active = False
+        self._inside = self._put_in(self._outside)._replace(closing=False, closed=False)
 
 
 class _OutsideProtocol:
-    """Stands before a connection that was acquired before the block, whose statements would last."""
+    """Stands before a connection that was in a transaction when the block began."""
 
     def __init__(self, connection: Any) -> None:
         self._real = connection._protocol
@@ -353,8 +376,8 @@ class _OutsideProtocol:
 
     async def _refuse(self, *args: Any, **options: Any) -> Any:
         raise SandboxEscapedError(
-            "this connection was acquired before the sandbox began, and what it does would last. "
-            "Acquire one when it is needed, for as long as it is: async with pool.acquire() as …."
+            "this connection was in a transaction when the sandbox began, and what that does would "
+            "last. End the transaction first, or begin it inside the sandbox."
         )
 
     prepare = bind_execute = bind_execute_many = bind = execute = copy_out = copy_in = _refuse
