@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections import abc
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def _returned(function: Callable[..., Any]) -> object:
 
 def _class(annotation: object) -> type | None:
     annotation = typing.get_origin(annotation) or annotation
-    if annotation is type(None) or not isinstance(annotation, type):
+    if annotation in (type(None), types.UnionType, Any) or not isinstance(annotation, type):
         return None
     kind = cast("Any", annotation)
     checkable = not getattr(kind, "_is_protocol", False) or getattr(kind, "_is_runtime_protocol", False)

@@ -13,7 +13,7 @@ from ._graph import Plan, dependents
 from ._overrides import MISSING, Override, Overrides, given, make_override, of_context, overridden
 from ._resource import Resource
 from ._running import current, wrong_loop
-from ._sandbox import Block, sandboxing
+from ._sandbox import Block, Sandboxing, sandboxing
 from ._stack import Site, caller_frame
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Lifespan(Mapping[str, Any]):
         self.block: Block | None = None
         self.patches: tuple[Lifespan, ...] = ()
         self._root = root or self
+        self._sandboxing: Sandboxing | None = None
         self._own: dict[Resource[Any], Any] = {}  # the engine's; served from `values` unless overridden
         self._overrides: Overrides = {}
         self._base = self._plan = plan
@@ -334,10 +335,10 @@ class Lifespan(Mapping[str, Any]):
                 await top.__aexit__(None, None, None)
 
     def _read_context(self) -> None:
-        opened = sandboxing.get()
-        if opened is not None:
+        self._sandboxing = sandboxing.get()
+        if self._sandboxing is not None:
             self.sandboxed = True
-            opened.lifespans.append(self)
+            self._sandboxing.lifespans.append(self)
         self._overrides = of_context(self.declares)
         self._plan = overridden(self._base, self._overrides)
         self._own.update(given(self._overrides))
@@ -349,6 +350,8 @@ class Lifespan(Mapping[str, Any]):
             registry.running[self.loop] = (*registry.running.get(self.loop, ()), self)
 
     def _retract(self) -> None:
+        if self._sandboxing is not None:
+            self._sandboxing.lifespans.remove(self)
         for registry in self._registries:
             left = tuple(each for each in registry.running.get(self.loop, ()) if each is not self)
             if left:

@@ -27,12 +27,13 @@ class Sandboxing:
 
 
 sandboxing: ContextVar[Sandboxing | None] = ContextVar("lifekit.sandboxing", default=None)
-_block: ContextVar[Block | None] = ContextVar("lifekit.block", default=None)
+current_block: ContextVar[Block | None] = ContextVar("lifekit.block", default=None)
+"""The block in which this code was started."""
 
 
 def refuse_stragglers(what: str) -> None:
     """Raise `SandboxEscapedError` in code that was started in a block which has ended since."""
-    block = _block.get()
+    block = current_block.get()
     if block is not None and block.over:
         raise SandboxEscapedError(
             f"{what} is used by code that was started inside the sandbox at {block.location}, which "
@@ -72,8 +73,8 @@ class Block:
                 f"this one, at {self.location}, begins. Tests that run at once want a lifespan each."
             )
         lifespan.block = self
-        self._outer = _block.get()
-        _block.set(self)
+        self._outer = current_block.get()
+        current_block.set(self)
         try:
             for each in (lifespan, *lifespan.patches):
                 await self.join(each)
@@ -109,8 +110,8 @@ class Block:
         if self.over:
             return
         self.over = True
-        if _block.get() is self:
-            _block.set(self._outer)
+        if current_block.get() is self:
+            current_block.set(self._outer)
         try:
             await self._end(self._begun)
         except Exception as failure:

@@ -14,14 +14,25 @@ from typing import Any, NamedTuple, get_args
 import pytest
 
 import lifekit
-from lifekit import asgi, drivers, events
+from lifekit import asgi, drivers, events, testing
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lifekit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
 
-DRIVEN = {"aiopg", "asyncpg", "httpx", "httpx2", "psycopg2", "redis"}
+DRIVEN = {
+    "aiopg",
+    "asyncpg",
+    "fakeredis",
+    "httpx",
+    "httpx2",
+    "psycopg",
+    "psycopg2",
+    "psycopg_pool",
+    "redis",
+    "sqlalchemy",
+}
 FRAMEWORKS = {"fastapi", "starlette"}
 TEST_LIBRARIES = {"_pytest", "hypothesis", "pytest"}
 
@@ -103,14 +114,17 @@ def ids(files: list[Path]) -> list[str]:
 
 every_file = pytest.mark.parametrize("file", FILES, ids=ids(FILES))
 CORE = [file for file in FILES if part(module_name(file)) == "core"]
-SIBLINGS = [file for file in FILES if part(module_name(file)) in {"asgi", "drivers", "embedded"}]
+PARTS = {"asgi", "drivers", "embedded", "sandbox", "testing"}
+SIBLINGS = [file for file in FILES if part(module_name(file)) in PARTS]
+STANDS_ON = {"sandbox": {"drivers", "embedded"}, "testing": {"asgi"}}
+"""Beside the core, which they all stand on."""
 
 # -- walls -----------------------------------------------------------------------------------------
 
 
 def test_the_walk_sees_the_package_as_it_is() -> None:
     assert len(CORE) > 10
-    assert {part(module_name(file)) for file in SIBLINGS} == {"asgi", "drivers", "embedded"}
+    assert {part(module_name(file)) for file in SIBLINGS} == PARTS
     seen = dict(own_imports(PACKAGE / "_registry.py"))
     assert seen["lifekit.asgi"] == ("bind_requests",)
     assert seen["lifekit._lifespan"] == ("Lifespan",)
@@ -148,9 +162,25 @@ def test_the_core_stands_on_no_other_part_but_by_its_doors(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", SIBLINGS, ids=ids(SIBLINGS))
-def test_the_parts_on_the_core_never_import_each_other(file: Path) -> None:
+def test_the_parts_on_the_core_import_no_other_part_but_what_they_stand_on(file: Path) -> None:
+    here = part(module_name(file))
     for module, _ in own_imports(file):
-        assert part(module) in {"core", part(module_name(file))}, f"{file.name} imports {module}"
+        if (module_name(file), module) not in SANDBOX_DOORS:
+            assert part(module) in {"core", here, *STANDS_ON.get(here, ())}, f"{file.name}: {module}"
+
+
+SANDBOX_DOORS = {
+    (f"lifekit.drivers.{name}", f"lifekit.sandbox.{name}")
+    for name in ("aiopg", "asyncpg", "psycopg", "redis", "sqlalchemy")
+}
+
+
+def test_a_driver_imports_its_sandbox_when_one_is_asked_for() -> None:
+    for driver, sandbox in SANDBOX_DOORS:
+        file = ROOT / f"{driver.replace('.', '/')}.py"
+        doors = [each for each in imports(file) if each.module.startswith("lifekit.sandbox")]
+        assert {each.module for each in doors} == {sandbox}
+        assert all(each.in_function for each in doors)
 
 
 DRIVERS = sorted((PACKAGE / "drivers").glob("[a-z]*.py"))
@@ -159,15 +189,24 @@ DRIVERS = sorted((PACKAGE / "drivers").glob("[a-z]*.py"))
 @pytest.mark.parametrize("file", DRIVERS, ids=ids(DRIVERS))
 def test_a_driver_imports_no_other_driver(file: Path) -> None:
     for module, _ in own_imports(file):
-        assert part(module) == "core" or module in {"lifekit.drivers", "lifekit.drivers._loans"}
+        shared = {"lifekit.drivers", "lifekit.drivers._loans"}
+        own = (module_name(file), module) in SANDBOX_DOORS
+        assert part(module) == "core" or own or module in shared
+
+
+BESIDE = {"aiopg": {"psycopg2"}, "psycopg": {"psycopg_pool"}, "sqlalchemy": {"asyncpg"}}
 
 
 @pytest.mark.parametrize("file", SIBLINGS, ids=ids(SIBLINGS))
 def test_what_a_part_needs_of_other_packages_is_its_own_kind(file: Path) -> None:
     foreign = {each.package for each in imports(file) if not each.for_types and not each.in_function}
     if part(module_name(file)) == "drivers" and file in DRIVERS:
-        stem = {file.stem, "psycopg2"} if file.stem == "aiopg" else {file.stem}
-        foreign -= stem
+        foreign -= {file.stem, *BESIDE.get(file.stem, ())}
+    if part(module_name(file)) == "sandbox":
+        package = file.stem.removeprefix("_").partition("_")[0]
+        foreign -= {package, *BESIDE.get(package, ())}
+    if file == PACKAGE / "testing" / "_pytest.py":
+        foreign -= {"pytest"}
     assert not foreign & (DRIVEN | FRAMEWORKS | TEST_LIBRARIES | {"trio"})
 
 
@@ -206,7 +245,15 @@ def test_the_public_names_are_these() -> None:
 
 def test_the_public_names_of_the_parts_are_these() -> None:
     assert asgi.__all__ == ["combine"]
-    assert drivers.__all__ == ["Driver", "find", "loaded", "register"]
+    assert drivers.__all__ == ["Driver", "Sandbox", "find", "loaded", "register"]
+    assert testing.__all__ == [
+        "Sandboxing",
+        "client",
+        "fake_redis",
+        "mock",
+        "sandboxing",
+        "sync_client",
+    ]
 
 
 def test_the_events_are_these_with_these_fields() -> None:

@@ -12,7 +12,6 @@ from lifekit._errors import SandboxUnsupportedError
 
 from ._holders import ALONE, Holder
 from ._shared import (
-    ACTIVE_TRANSACTION,
     FAILED_TRANSACTION,
     NO_TRANSACTION,
     SYNTAX_ERROR,
@@ -25,7 +24,14 @@ from ._sql import PLAIN, Script, Statement, Verb, read
 
 T = TypeVar("T")
 
-_LOCAL = re.compile(r"""\bset\s+local\s+"?([\w.]+)|\bset_config\s*\(\s*'([\w.]+)'""", re.IGNORECASE)
+_READ_COMMITTED = "read committed"
+_SETTING = re.compile(
+    r"""\bset\s+(?:(?P<local>local)\s+|session\s+)?"?(?P<set>[\w.]+)"?\s*(?:=|\bto\b)
+    |\bset_config\s*\(\s*'(?P<called>[\w.]+)'[^)]*,\s*(?P<is_local>[\w$]+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_DEFAULTS = re.compile(r"\bdefault_transaction_|\bsession\s+characteristics\b", re.IGNORECASE)
+_STATEMENTS = re.compile(r"\s*(?:prepare|deallocate|discard)\b", re.IGNORECASE)
 
 
 class Lane(Holder):
@@ -39,6 +45,7 @@ class Lane(Holder):
         self.used = False  # since the transaction began
         self.doubtful = False  # whether the transaction still works
         self.touched_session = False
+        self._isolation = _READ_COMMITTED
         self._settings: dict[str, str] = {}  # as they were before the transaction set them for itself
         self.closed = False
 
@@ -113,49 +120,73 @@ class Lane(Holder):
     async def _plain(self, script: Script, send: Callable[[], Awaitable[T]]) -> T:
         shared = self.shared
         if script.session:
-            self.touched_session = True
+            self._touch_session(script)
         if script.schema:
             shared.schema_changed()
         if self.in_transaction:
             self.used = True
             shared.acts += 1
             try:
-                if script.local:
-                    await self._remember_settings(script)
+                await self._remember_settings(script)
                 return await send()
             except BaseException:
                 self.doubtful = True
                 raise
+        self._refuse_without_transaction(script)
         await shared.turn(self)
         try:
             await shared.clean_savepoint()
             shared.savepoint = Savepoint.UNDONE
             try:
+                await self._remember_settings(script)
                 result = await send()
             except Exception as error:
                 shared.refuse_what_needs_no_transaction(error)
                 raise
             shared.savepoint = Savepoint.KEPT
-            if await shared.defers():
-                await shared.check_deferred()
+            await self._commit_kept()
             return result
         finally:
+            self._settings.clear()
             shared.leave(self)
 
-    async def _remember_settings(self, script: Script) -> None:
-        # Their end is that of the real transaction; the application's is earlier.
+    def _touch_session(self, script: Script) -> None:
+        self.touched_session = True
         for statement in script.statements:
-            for names in _LOCAL.findall(statement.text):
-                name = "".join(names).lower()
-                if name not in self._settings:
-                    self._settings[name] = await self.shared.setting(name)
+            if _DEFAULTS.search(statement.text):
+                raise SandboxUnsupportedError(_UNSUPPORTED_DEFAULTS)
+            if _STATEMENTS.match(statement.text):
+                self.shared.dirty = True
 
-    async def _restore_settings(self) -> None:
+    async def _commit_kept(self) -> None:
+        if await self.shared.defers():
+            await self.shared.check_deferred()
         settings, self._settings = self._settings, {}
         if settings:
             pairs = settings.items()
             calls = [f"set_config({literal(name)}, {literal(old)}, true)" for name, old in pairs]
             await self.shared.control(f"SELECT {', '.join(calls)}")
+
+    async def _remember_settings(self, script: Script) -> None:
+        # What is set for a transaction ends with the real one, which is later than the application's.
+        if not (script.local or (script.session and self._settings)):
+            return
+        for statement in script.statements:
+            for match in _SETTING.finditer(statement.text):
+                name = (match["set"] or match["called"]).lower()
+                if match["local"] or match["is_local"] not in (None, "false"):
+                    if name not in self._settings:
+                        self._settings[name] = await self.shared.setting(name)
+                else:  # for the session, which wins
+                    self._settings.pop(name, None)
+
+    def _refuse_without_transaction(self, script: Script) -> None:
+        if len(script.statements) == 1:  # else they are a transaction together
+            what = script.statements[0].needs_transaction
+            if what is not None:
+                raise self.shared.wire.error(
+                    NO_TRANSACTION, f"{what} can only be used in transaction blocks"
+                )
 
     async def prepare(self, send: Callable[[], Awaitable[T]]) -> T:
         """Have a statement parsed: it may fail as if it ran, and does nothing."""
@@ -221,12 +252,15 @@ class Lane(Holder):
         if self.in_transaction:
             if self.doubtful:
                 await self.shared.control("SELECT")  # raises if the transaction has failed
+            if modes is not None:
+                await self._set_transaction(modes)
             return tag
         await self.shared.turn(self)
         try:
             await self.shared.clean_savepoint()
             self.shared.savepoint = Savepoint.UNDONE
             self.read_only = bool(modes and modes.read_only)
+            self._isolation = (modes and modes.isolation) or _READ_COMMITTED
             if self.read_only:
                 await self.shared.control("SET TRANSACTION READ ONLY")
         except BaseException:
@@ -241,6 +275,7 @@ class Lane(Holder):
     async def commit(self, *, chain: bool = False) -> str:
         """End the transaction as a commit does, and return the command tag."""
         if not self.in_transaction:
+            self._refuse_chain("COMMIT", chain)
             return "COMMIT"
         shared = self.shared
         if not await self._works():
@@ -250,9 +285,7 @@ class Lane(Holder):
         else:
             shared.savepoint = Savepoint.KEPT
             try:
-                if await shared.defers():
-                    await shared.check_deferred()
-                await self._restore_settings()
+                await self._commit_kept()
             except BaseException:
                 await self._end(chain=False)
                 raise
@@ -264,7 +297,15 @@ class Lane(Holder):
         if self.in_transaction:
             self.shared.savepoint = Savepoint.UNDONE
             await self._end(chain=chain)
+        else:
+            self._refuse_chain("ROLLBACK", chain)
         return "ROLLBACK"
+
+    def _refuse_chain(self, what: str, chain: bool) -> None:
+        if chain:
+            raise self.shared.wire.error(
+                NO_TRANSACTION, f"{what} AND CHAIN can only be used in transaction blocks"
+            )
 
     def abandon(self) -> None:
         """Undo the transaction of a connection that was closed."""
@@ -296,18 +337,27 @@ class Lane(Holder):
         return True
 
     async def _set_transaction(self, statement: Statement) -> str:
-        if self.in_transaction:
-            if statement.isolation is not None and self.used:
+        if not self.in_transaction:
+            return "SET"  # with a warning that it does nothing
+        if statement.isolation not in (None, self._isolation):
+            if self.used:
                 self.doubtful = True
-                raise self.shared.wire.error(
-                    ACTIVE_TRANSACTION,
-                    "SET TRANSACTION ISOLATION LEVEL must be called before any query",
-                )
-            if statement.read_only is not None:
-                await self.shared.control(
-                    f"SET TRANSACTION READ {'ONLY' if statement.read_only else 'WRITE'}"
-                )
-                self.read_only = statement.read_only and not self.used
+                # Whatever was asked for, this fails as it does, and as it would.
+                await self.shared.control("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+            self._isolation = statement.isolation or _READ_COMMITTED
+        if statement.read_only and self.used and not self.read_only:
+            raise SandboxUnsupportedError(
+                "in the sandbox a transaction becomes READ ONLY before its first statement, not after: "
+                "only a rollback takes that back. Begin it so: BEGIN READ ONLY."
+            )
+        if statement.read_only is not None:
+            try:
+                mode = "ONLY" if statement.read_only else "WRITE"
+                await self.shared.control(f"SET TRANSACTION READ {mode}")
+            except BaseException:
+                self.doubtful = True
+                raise
+            self.read_only = self.read_only or statement.read_only
         return "SET"
 
     def _refuse_savepoint(self, statement: Statement) -> None:
@@ -350,3 +400,8 @@ _UNSUPPORTED = {
         f"without one: {ALONE}."
     ),
 }
+
+_UNSUPPORTED_DEFAULTS = (
+    "how transactions begin by default can't be changed in the sandbox, which has begun its own. Say "
+    f"it where a transaction begins, or run the test without a sandbox: {ALONE}."
+)

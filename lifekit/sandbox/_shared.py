@@ -85,7 +85,7 @@ class Shared:
         self.wire = wire
         self.savepoint = Savepoint.NONE
         self.deferrable: bool | None = None  # None where it has to be asked
-        self.dirty_schema = False
+        self.dirty = False
         self.acts = 0
         self._guard = f"lifekit_guard_{secrets.token_hex(4)}"
         self._lock = asyncio.Lock()
@@ -119,8 +119,12 @@ class Shared:
         begun, self.savepoint = self.savepoint is not Savepoint.NONE, Savepoint.NONE
         if not begun or self.wire.lost():
             return
-        # What a rollback leaves: advisory locks of the session, and prepared statements.
-        rest = ["SELECT pg_advisory_unlock_all()", *(f"DEALLOCATE {name}" for name in self._names)]
+        # What a rollback leaves: locks of the session, what sequences gave, prepared statements.
+        rest = [
+            "SELECT pg_advisory_unlock_all()",
+            "DISCARD SEQUENCES",
+            *(f"DEALLOCATE {name}" for name in self._names),
+        ]
         self._names.clear()
         try:
             await self.wire.control("; ".join([f"ROLLBACK TO {self._guard}", "ROLLBACK", *rest]))
@@ -135,7 +139,7 @@ class Shared:
 
     def schema_changed(self) -> None:
         """Forget what is known of the schema, for a statement may change it."""
-        self.dirty_schema = True
+        self.dirty = True
         self.deferrable = None
 
     def unique_name(self) -> str:
@@ -246,6 +250,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def literal(value: str) -> str:
+    """Return a text as SQL has it."""
     quoted = value.replace("'", "''")
     return f"'{quoted}'" if "\\" not in value else "E'" + quoted.replace("\\", "\\\\") + "'"
 

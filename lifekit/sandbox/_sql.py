@@ -49,6 +49,7 @@ class Statement:
         chain: Whether a commit or rollback ends in AND CHAIN.
         name: The savepoint or channel, as PostgreSQL knows it; None for `UNLISTEN *`.
         payload: What NOTIFY sends along, None without.
+        needs_transaction: What PostgreSQL calls it, where it runs in transactions only.
     """
 
     text: str
@@ -59,6 +60,7 @@ class Statement:
     chain: bool = False
     name: str | None = None
     payload: str | None = None
+    needs_transaction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,10 @@ def _statement(tokens: Sequence[str], text: str) -> Statement:
             return _set(plain, rest)
         case ["SET", *rest]:
             return _set(plain, rest)
+        case ["LOCK", *_]:
+            return replace(plain, needs_transaction="LOCK TABLE")
+        case ["DECLARE", *rest] if not any(two == ("WITH", "HOLD") for two in pairwise(rest)):
+            return replace(plain, needs_transaction="DECLARE CURSOR")
         case _:
             return plain
 

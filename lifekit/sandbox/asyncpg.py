@@ -42,7 +42,13 @@ class RealConnection:
 
     async def ask(self, sql: str) -> str | None:
         """Return the one value that a query gives, a text or NULL."""
-        answer: str | None = await self.connection.fetchval(sql, timeout=_SECONDS)
+        # Without a name: the application may deallocate those that have one.
+        protocol, kind = self.connection._protocol, self.connection._protocol.get_record_class()
+        statement = await protocol.prepare("", sql, _SECONDS, record_class=kind)
+        statement._init_types()
+        statement._init_codecs()
+        rows = await protocol.bind_execute(statement, (), "", 1, False, _SECONDS)
+        answer: str | None = rows[0][0] if rows else None
         return answer
 
     def error(self, sqlstate: str, message: str) -> Exception:
@@ -243,7 +249,7 @@ class PoolSandbox(Sandbox):
         try:
             await self.shared.end()
         finally:
-            if self.shared.dirty_schema:  # what was prepared, or is known of types, may be of no use
+            if self.shared.dirty:  # what was prepared, or is known of types, may be of no use
                 self._inside = None
                 await self._real.close(timeout=_SECONDS)
         if told is not None:

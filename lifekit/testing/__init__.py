@@ -9,8 +9,10 @@ from lifekit._sandbox import Sandboxing
 from lifekit._sandbox import sandboxing as _current
 
 from ._client import client, sync_client
+from ._fake_redis import fake_redis
+from ._mock import mock
 
-__all__ = ["Sandboxing", "client", "sandboxing", "sync_client"]
+__all__ = ["Sandboxing", "client", "fake_redis", "mock", "sandboxing", "sync_client"]
 
 
 @contextmanager

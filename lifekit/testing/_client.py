@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from lifekit._errors import LifekitError
-from lifekit._sandbox import _block  # pyright: ignore[reportPrivateUsage]
+from lifekit._sandbox import current_block
 from lifekit.asgi import ASGIApp
 
 from ._app import Running, running
@@ -123,13 +123,13 @@ def sync_client_of(served: Running, portal: BlockingPortal, **options: Any) -> G
 def sandbox_in(portal: BlockingPortal, served: Running) -> Generator[None]:
     """Sandbox, around ``with``, an application that runs in the event loop of *portal*."""
     with portal.wrap_async_context_manager(served.sandbox()) as block:
-        outer = _block.get()
-        _block.set(block)  # what the calling thread sends into the loop is inside
+        outer = current_block.get()
+        current_block.set(block)  # what the calling thread sends into the loop is inside
         try:
             yield
         finally:
-            if _block.get() is block:
-                _block.set(outer)
+            if current_block.get() is block:
+                current_block.set(outer)
 
 
 def _httpx() -> ModuleType:

@@ -15,16 +15,15 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, supp
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, cast
 from unittest.mock import AsyncMock, MagicMock, NonCallableMagicMock
 
 from lifekit._errors import OverrideError
 from lifekit._resource import Resource
 from lifekit._stack import caller
 
-Base: Any = NonCallableMagicMock if TYPE_CHECKING else object
-
-UNKNOWN: Final = Any
+ITSELF: Final = cast("object", Self)
+UNKNOWN: Final[object] = Any
 """Stands for a type that no annotation tells: what comes of it can do anything."""
 
 # asyncpg annotates none of these.
@@ -141,13 +140,12 @@ class About:
     kind: type | None = None
     owner: Any = None
     called: Callable[..., Any] | None = None
-    gives: Gives = Gives()  # noqa: RUF009
+    gives: Gives = Gives()
 
 
 def _gives(function: Any, owner: type) -> Gives:
     inner: Any = inspect.unwrap(function)
-    unsaid = UNSAID.get(f"{inner.__module__}.{inner.__qualname__}") if hasattr(inner, "__module__") else None
-    if unsaid is not None:
+    if (unsaid := UNSAID.get(_named(inner))) is not None:
         module, name, uses = unsaid
         return Gives(getattr(import_module(module), name), uses)
     annotation = _returned(inner, owner)
@@ -155,6 +153,8 @@ def _gives(function: Any, owner: type) -> Gives:
     first = arguments[0] if arguments else UNKNOWN
     if inspect.iscoroutinefunction(function):
         return Gives(annotation)
+    if inspect.iscoroutinefunction(inner):  # a decorator's sync wrapper, which passes it on
+        return Gives(annotation, ("__await__",))
     if inspect.isasyncgenfunction(function):
         return Gives(UNKNOWN, ("__aiter__",))
     if inspect.isasyncgenfunction(inner):
@@ -193,9 +193,10 @@ def _entered(annotation: object, enter: str) -> object:
         return UNKNOWN
     if _is_parameter(annotation, enter):
         told = _returned(function, kind)
-        return typing.get_args(annotation)[kind.__parameters__.index(told)]
+        parameters: tuple[object, ...] = cast("Any", kind).__parameters__
+        return typing.get_args(annotation)[parameters.index(told)]
     entered = _kind(_returned(function, kind), kind)
-    return annotation if entered is Self else entered
+    return annotation if entered is ITSELF else entered
 
 
 def _returned(function: Any, owner: type | None) -> object:
@@ -243,29 +244,32 @@ class _Bare(ast.NodeTransformer):
 
 
 def _kind(annotation: object, owner: type | None) -> object:
-    """Return a class, None, Self, or UNKNOWN."""
+    """Return a class, None, ITSELF, or UNKNOWN."""
     if annotation is None or annotation is types.NoneType:
         return None
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    origin: Any = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if origin in {typing.ClassVar, typing.Final}:
         return _kind(arguments[0], owner)
-    if origin in {typing.Union, types.UnionType} and owner is not None:
+    if origin in {typing.Union, types.UnionType}:
         known = [each for each in arguments if each is not types.NoneType]
-        return _kind(known[0], owner) if len(known) == 1 else UNKNOWN
+        return _kind(known[0], owner) if owner is not None and len(known) == 1 else UNKNOWN
     if isinstance(annotation, TypeVar) and owner is not None:
         bound: Any = annotation.__bound__
         if isinstance(bound, typing.ForwardRef):
-            bound = _told(bound.__forward_arg__, vars(sys.modules[annotation.__module__]), owner)
-        bound = UNKNOWN if bound is None else _kind(bound, owner)
-        return Self if isinstance(bound, type) and bound is not Any and issubclass(owner, bound) else bound
-    if annotation is Self:
-        return Self
-    kind = origin or annotation
-    return kind if isinstance(kind, type) and kind is not type else UNKNOWN
+            # What the variable's own module imports for type checkers only, its user's imports.
+            names = vars(sys.modules[annotation.__module__]) | vars(sys.modules[owner.__module__])
+            bound = _told(bound.__forward_arg__, names, owner)
+        limit: Any = UNKNOWN if bound is None else _kind(bound, owner)
+        return ITSELF if limit in owner.__mro__ else cast("object", limit)
+    if annotation is ITSELF:
+        return ITSELF
+    kind: Any = origin or annotation
+    return kind if inspect.isclass(kind) and kind is not type else UNKNOWN
 
 
-class Part(Base):
-    """What the mocks of values and of their methods share: each child is made when first asked for."""
+class Part(NonCallableMagicMock):
+    """Stands for a value, or is shared by what does: each child is made when first asked for."""
 
     def __init__(self, *, about: About, **options: Any) -> None:
         self.__dict__["_lifekit"] = about
@@ -291,13 +295,11 @@ class Part(Base):
 
     def _lacks(self, name: str) -> AttributeError:
         about: About = self.__dict__["_lifekit"]
-        what = _named(about.kind) if about.kind is not None else getattr(about.called, "__qualname__", "it")
-        return AttributeError(f"{what} has no attribute {name!r}", name=name, obj=self)
+        return AttributeError(f"{_named(about.kind or about.called)} has no attribute {name!r}")
 
     def __repr__(self) -> str:
         about: About = self.__dict__["_lifekit"]
-        what = about.kind and _named(about.kind)
-        return f"<mock of {what or getattr(about.called, '__qualname__', 'an unknown type')}>"
+        return f"<mock of {_named(about.kind or about.called)}>"
 
     def _get_child_mock(self, **options: Any) -> Any:
         # unittest.mock calls it for whatever it has not made yet: attributes, results, magic methods.
@@ -320,10 +322,6 @@ class Part(Base):
 def _itself(self: Any) -> Generator[Any, Any, Any]:
     return self
     yield
-
-
-class Value(Part, NonCallableMagicMock):
-    """Stands for a value."""
 
 
 class Plain(Part, MagicMock):
@@ -360,7 +358,7 @@ def _check(about: About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{about.called.__qualname__}(): {error}") from None
+        raise TypeError(f"{_named(about.called)}(): {error}") from None
 
 
 def _result(
@@ -370,7 +368,7 @@ def _result(
     made = _kind(annotation, of or object)
     if made is None:
         return None
-    if made is Self:
+    if made is ITSELF:
         return mocked if owner is None else owner
     if made is UNKNOWN or not isinstance(made, type):
         return Plain(about=About(), **options)
@@ -384,7 +382,7 @@ def _value(kind: type, options: dict[str, Any]) -> Any:
         about = About(kind, None, types.MethodType(function, kind), _gives(function, kind))
         mocked = _class_for(function, about.gives)(about=about, spec_set=_names(kind), **options)
     else:
-        mocked = Value(about=About(kind), spec_set=_names(kind), **options)
+        mocked = Part(about=About(kind), spec_set=_names(kind), **options)
     mocked.__class__ = kind
     return mocked
 
@@ -412,7 +410,8 @@ def _attribute(mocked: Any, kind: type, name: str, options: dict[str, Any]) -> A
         getter = raw.fget if isinstance(raw, property) else raw.func
         return _result(_returned(getter, kind), mocked, kind, mocked, options)
     if isinstance(raw, staticmethod | classmethod):
-        function, called = raw.__func__, getattr(kind, name)
+        called = getattr(kind, name)
+        function: Any = cast("Any", raw).__func__
     elif inspect.isroutine(raw) and callable(raw):
         function, called = raw, types.MethodType(raw, kind)
     else:
@@ -430,11 +429,14 @@ def _annotated(kind: type, name: str) -> object:
     return UNKNOWN
 
 
-def _named(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _named(thing: Any) -> str:
+    if thing is None:
+        return "an unknown type"
+    name = getattr(thing, "__qualname__", repr(thing))
+    return f"{getattr(thing, '__module__', None)}.{name}"
 
 
-class Coming:
+class _Coming:
     """What a call returned whose value is still to come; it need not be waited for."""
 
     def __init__(self, coming: Coroutine[Any, Any, Any], owner: Any) -> None:
@@ -444,7 +446,7 @@ class Coming:
         self._coming.close()
 
 
-class Awaited(Coming, Coroutine[Any, Any, Any]):
+class _Awaited(_Coming, Coroutine[Any, Any, Any]):
     def __await__(self) -> Generator[Any, Any, Any]:
         # A generator, so that what waits keeps this alive: __del__ would close what it waits for.
         return (yield from self._coming.__await__())
@@ -459,14 +461,14 @@ class Awaited(Coming, Coroutine[Any, Any, Any]):
         self._coming.close()
 
 
-class Entered(Coming):
+class _Entered(_Coming):
     async def __aenter__(self) -> Any:
         return await self._coming
 
     async def __aexit__(self, *error: object) -> None: ...
 
 
-class EnteredSync(Coming):
+class _EnteredSync(_Coming):
     def __enter__(self) -> Any:
         try:
             self._coming.send(None)
@@ -476,10 +478,10 @@ class EnteredSync(Coming):
     def __exit__(self, *error: object) -> None: ...
 
 
-class Iterated(Coming):
+class _Iterated(_Coming):
     async def __aiter__(self) -> AsyncIterator[Any]:
-        items = await self._coming
-        if hasattr(type(items), "__aiter__"):
+        items: Any = await self._coming
+        if callable(getattr(items, "__aiter__", None)):
             async for item in items:
                 yield item
         else:
@@ -487,7 +489,7 @@ class Iterated(Coming):
                 yield item
 
 
-class Fluent(Coming):
+class _Fluent(_Coming):
     # Where a call may return a value or an awaitable, some return their own object, to be called on:
     # pipe.set("a", 1).incr("b").
     def __getattr__(self, name: str) -> Any:
@@ -496,15 +498,15 @@ class Fluent(Coming):
         return getattr(self._owner, name)
 
 
-USES: dict[str, type[Coming]] = {
-    "__await__": Awaited,
-    "__aenter__": Entered,
-    "__enter__": EnteredSync,
-    "__aiter__": Iterated,
+USES: dict[str, type[_Coming]] = {
+    "__await__": _Awaited,
+    "__aenter__": _Entered,
+    "__enter__": _EnteredSync,
+    "__aiter__": _Iterated,
 }
 
 
 @functools.cache
-def _coming(uses: tuple[str, ...], fluent: bool) -> type[Coming]:
-    bases = tuple(USES[use] for use in uses) + ((Fluent,) if fluent else ())
-    return type("Coming", bases, {})
+def _coming(uses: tuple[str, ...], fluent: bool) -> type[_Coming]:
+    bases = tuple(USES[use] for use in uses) + ((_Fluent,) if fluent else ())
+    return type("MockedResult", bases, {})

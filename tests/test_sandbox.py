@@ -1,0 +1,348 @@
+"""Blocks: what a lifespan begins and undoes, in which order, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from lifekit import (
+    Driver,
+    Lifespan,
+    Registry,
+    SandboxBusyError,
+    SandboxError,
+    SandboxEscapedError,
+    drivers,
+)
+from lifekit._sandbox import refuse_stragglers
+from lifekit.drivers import Sandbox
+from lifekit.testing import sandboxing
+
+pytestmark = pytest.mark.anyio
+
+
+class Table:
+    """A value whose rows a sandbox can take back."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
+        self.rows: list[int] = []
+        self.fails: dict[str, BaseException] = {}
+        self.hangs = False
+
+
+class TableSandbox(Sandbox):
+    """Takes back what was added to a table."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.before: list[int] | None = None
+
+    def note(self, what: str) -> None:
+        """Log a step, and fail if it is meant to."""
+        self.table.log.append(f"{what} {self.table.name}")
+        if what in self.table.fails:
+            raise self.table.fails[what]
+
+    async def begin(self) -> None:
+        """Keep what is there."""
+        self.before = list(self.table.rows)
+        self.note("begin")
+
+    async def end(self) -> None:
+        """Put it back."""
+        if self.table.hangs:
+            await anyio.sleep_forever()
+        await anyio.lowlevel.checkpoint()
+        assert self.before is not None
+        self.table.rows = self.before
+        self.note("end")
+
+    async def close(self) -> None:
+        """Give up."""
+        self.note("give up")
+
+    def terminate(self) -> None:
+        """Cut off."""
+        self.note("cut off")
+
+
+class TableDriver(Driver[Table]):
+    """Tables have a sandbox."""
+
+    async def open(self, value: Table) -> Table:
+        """Open it."""
+        value.log.append(f"open {value.name}")
+        return value
+
+    def close(self, value: Table) -> None:
+        """Close it."""
+        value.log.append(f"close {value.name}")
+
+    def sandbox(self, value: Table) -> Sandbox:
+        """Return what takes its rows back."""
+        return TableSandbox(value)
+
+
+@pytest.fixture(autouse=True)
+def driven() -> Iterator[None]:
+    """Tables have their driver."""
+    drivers.register(Table, TableDriver())
+    yield
+    del drivers._registered[Table]  # pyright: ignore[reportPrivateUsage]
+
+
+class Shop:
+    """A registry of two tables, the second made of the first."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.registry = registry = Registry("shop", close_timeout=0.05)
+
+        @registry.resource
+        def users() -> Table:
+            return Table("users", self.log)
+
+        @registry.resource(users)
+        def orders(users: Table) -> Table:
+            return Table("orders", self.log)
+
+        self.users, self.orders = users, orders
+
+
+@pytest.fixture
+def shop() -> Shop:
+    return Shop()
+
+
+def taken(log: list[str]) -> list[str]:
+    """Return what was logged, and forget it."""
+    lines, log[:] = list(log), []
+    return lines
+
+
+async def test_what_a_block_did_is_undone_in_reverse_and_what_was_before_stays(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            lifespan[shop.users].rows.append(1)
+            assert taken(shop.log) == ["open users", "open orders"]
+            for _ in range(2):
+                async with lifespan.sandbox():
+                    assert taken(shop.log) == ["begin users", "begin orders"]
+                    lifespan[shop.users].rows.append(2)
+                assert taken(shop.log) == ["end orders", "end users"]
+                assert lifespan[shop.users].rows == [1]
+    assert shop.log == ["give up orders", "close orders", "give up users", "close users"]
+
+
+async def test_a_lifespan_opened_otherwise_is_the_real_thing_and_has_no_blocks(shop: Shop) -> None:
+    async with shop.registry.lifespan() as lifespan:
+        with pytest.raises(SandboxError, match=r"with lifekit\.testing\.sandboxing\(\)"):
+            async with lifespan.sandbox():
+                pytest.fail("it began")
+    assert shop.log == ["open users", "open orders", "close orders", "close users"]
+
+
+async def test_sandboxing_knows_the_lifespans_that_run_in_it(shop: Shop) -> None:
+    other = Shop()
+    with sandboxing() as opened:
+        assert opened.lifespans == []
+        async with shop.registry.lifespan() as one, other.registry.lifespan() as two:
+            assert opened.lifespans == [one, two]
+            with sandboxing() as inner:
+                assert inner.lifespans == []
+        assert opened.lifespans == []
+
+
+async def test_one_block_at_a_time(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan, lifespan.sandbox():
+            with pytest.raises(SandboxBusyError, match=r"in the sandbox at tests/test_sandbox\.py:\d+"):
+                async with lifespan.sandbox():
+                    pytest.fail("it began")
+            lifespan[shop.users].rows.append(1)
+        assert lifespan.block is None
+
+
+@pytest.mark.parametrize("died", [AssertionError("assert"), KeyboardInterrupt(), SystemExit(1)])
+async def test_whatever_the_body_dies_of_is_raised_and_all_is_undone(
+    shop: Shop, died: BaseException
+) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            with pytest.raises(type(died)) as caught:
+                async with lifespan.sandbox():
+                    lifespan[shop.users].rows.append(1)
+                    raise died
+            assert caught.value is died
+            assert lifespan[shop.users].rows == []
+
+
+async def test_a_cancelled_body_is_undone_and_stays_cancelled(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            with anyio.CancelScope() as scope:
+                async with lifespan.sandbox():
+                    lifespan[shop.users].rows.append(1)
+                    scope.cancel()
+                    await anyio.sleep_forever()
+            assert scope.cancelled_caught
+            assert lifespan[shop.users].rows == []
+            assert shop.log[-2:] == ["end orders", "end users"]
+
+
+async def test_a_task_cancelled_again_and_again_still_undoes_everything(
+    shop: Shop, anyio_backend_name: str
+) -> None:
+    if anyio_backend_name == "trio":
+        pytest.skip("trio has no task.cancel()")
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            inside = asyncio.Event()
+
+            async def test() -> None:
+                async with lifespan.sandbox():
+                    lifespan[shop.users].rows.append(1)
+                    inside.set()
+                    await anyio.sleep_forever()
+
+            task = asyncio.create_task(test())
+            await inside.wait()
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0)
+            assert task.cancelled()
+            assert lifespan[shop.users].rows == []
+
+
+async def test_a_begin_that_fails_ends_what_had_begun(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            lifespan[shop.orders].fails["begin"] = SandboxError("no")
+            with pytest.raises(SandboxError, match="no"):
+                async with lifespan.sandbox():
+                    pytest.fail("it began")
+            assert shop.log[2:] == ["begin users", "begin orders", "end orders", "end users"]
+            lifespan[shop.orders].fails.clear()
+            async with lifespan.sandbox():
+                pass
+
+
+async def test_an_end_that_fails_fails_the_block_and_the_others_end(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            lifespan[shop.orders].fails["end"] = SandboxEscapedError("a stray")
+            with pytest.raises(SandboxEscapedError, match="a stray"):
+                async with lifespan.sandbox():
+                    lifespan[shop.users].rows.append(1)
+            assert lifespan[shop.users].rows == []
+            lifespan[shop.users].fails["end"] = SandboxEscapedError("another")
+            with pytest.raises(ExceptionGroup) as caught:
+                async with lifespan.sandbox():
+                    pass
+            assert [str(error) for error in caught.value.exceptions] == ["a stray", "another"]
+
+
+async def test_where_the_body_failed_too_its_error_has_the_other_as_a_note(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            lifespan[shop.orders].fails["end"] = SandboxEscapedError("a stray")
+            with pytest.raises(ZeroDivisionError) as caught:
+                async with lifespan.sandbox():
+                    raise ZeroDivisionError
+            assert "a stray" in "\n".join(caught.value.__notes__)
+
+
+async def test_an_end_that_hangs_is_cut_off_and_named(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            lifespan[shop.orders].hangs = True
+            with pytest.raises(SandboxEscapedError, match=r"orders: undoing took longer than 0\.05 s"):
+                async with lifespan.sandbox():
+                    pass
+            assert shop.log[-2:] == ["cut off orders", "end users"]
+
+
+async def test_code_started_in_a_block_is_a_straggler_once_that_has_ended(shop: Shop) -> None:
+    go = anyio.Event()
+    told: list[Any] = []
+
+    async def late() -> None:
+        await go.wait()
+        try:
+            refuse_stragglers("db")
+        except SandboxEscapedError as error:
+            told.append(error)
+
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan, anyio.create_task_group() as tasks:
+            async with lifespan.sandbox():
+                refuse_stragglers("db")
+                tasks.start_soon(late)
+            refuse_stragglers("db")
+            async with lifespan.sandbox():
+                refuse_stragglers("db")
+                go.set()
+                await anyio.wait_all_tasks_blocked()
+    (error,) = told
+    assert "db is used by code that was started inside the sandbox at tests/test_sandbox.py:" in str(
+        error
+    )
+
+
+async def test_what_an_override_rebuilds_is_in_the_block_as_well(shop: Shop) -> None:
+    def make(users: Table) -> Table:
+        return Table("other", shop.log)
+
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            async with lifespan.sandbox():
+                taken(shop.log)
+                async with lifespan.override(shop.orders, factory=make):
+                    assert taken(shop.log) == ["open other", "begin other"]
+                assert taken(shop.log) == ["end other", "give up other", "close other"]
+            assert taken(shop.log) == ["end orders", "end users"]
+            async with lifespan.override(shop.orders, factory=make) as patched:
+                taken(shop.log)
+                async with patched.sandbox():
+                    assert taken(shop.log) == ["begin users", "begin orders", "begin other"]
+                assert taken(shop.log) == ["end other", "end orders", "end users"]
+
+
+async def test_a_value_that_a_generator_made_is_sandboxed_too() -> None:
+    registry, log = Registry(), list[str]()
+
+    @registry.resource
+    async def users() -> Any:
+        yield Table("users", log)
+        log.append("close users")
+
+    with sandboxing():
+        async with registry.lifespan() as lifespan, lifespan.sandbox():
+            pass
+    assert log == ["begin users", "end users", "give up users", "close users"]
+
+
+async def test_the_end_of_the_lifespan_gives_the_sandbox_up_although_that_fails(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "lifekit")
+    with sandboxing():
+        lifespan = await entered(shop)
+        lifespan[shop.orders].fails["give up"] = ZeroDivisionError()
+        with pytest.raises(ExceptionGroup):
+            await lifespan.__aexit__(None, None, None)
+    assert "cut off orders" in shop.log
+    assert shop.log[-1] == "close users"
+
+
+async def entered(shop: Shop) -> Lifespan:
+    """Return a lifespan that runs."""
+    return await shop.registry.lifespan().__aenter__()
