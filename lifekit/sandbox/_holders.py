@@ -47,7 +47,10 @@ class Holder:
         task = self._task()
         if task is None or isinstance(self._site, Loan):
             return str(self._site or "an unknown line")
-        return f"{self._site or 'an unknown line'} (task {task.get_name()!r})"
+        if self._site is None or "/asyncio/" in str(self._site):  # the task runs nothing else
+            name = getattr(task.get_coro(), "__qualname__", "unknown")
+            return f"an unknown line (task {task.get_name()!r}, which runs {name})"
+        return f"{self._site} (task {task.get_name()!r})"
 
     def holder(self) -> str:
         """Return who has it: the line that acquired it, the task, its coroutine, where that stands."""

@@ -31,6 +31,7 @@ _SETTING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _DEFAULTS = re.compile(r"\bdefault_transaction_|\bsession\s+characteristics\b", re.IGNORECASE)
+_ALL_STATEMENTS = re.compile(r"\s*deallocate\s+(?:prepare\s+)?all\b", re.IGNORECASE)
 _STATEMENTS = re.compile(r"\s*(?:prepare|deallocate|discard)\b", re.IGNORECASE)
 
 
@@ -45,6 +46,7 @@ class Lane(Holder):
         self.used = False  # since the transaction began
         self.doubtful = False  # whether the transaction still works
         self.touched_session = False
+        self.has_cursors = False  # that end with the transaction
         self._isolation = _READ_COMMITTED
         self._settings: dict[str, str] = {}  # as they were before the transaction set them for itself
         self.closed = False
@@ -129,8 +131,9 @@ class Lane(Holder):
             try:
                 await self._remember_settings(script)
                 return await send()
-            except BaseException:
+            except BaseException as error:
                 self.doubtful = True
+                shared.explain(error, in_transaction=True)
                 raise
         self._refuse_without_transaction(script)
         await shared.turn(self)
@@ -141,7 +144,7 @@ class Lane(Holder):
                 await self._remember_settings(script)
                 result = await send()
             except Exception as error:
-                shared.refuse_what_needs_no_transaction(error)
+                shared.explain(error, in_transaction=False)
                 raise
             shared.savepoint = Savepoint.KEPT
             await self._commit_kept()
@@ -155,6 +158,9 @@ class Lane(Holder):
         for statement in script.statements:
             if _DEFAULTS.search(statement.text):
                 raise SandboxUnsupportedError(_UNSUPPORTED_DEFAULTS)
+            if _ALL_STATEMENTS.match(statement.text):
+                raise SandboxUnsupportedError(_UNSUPPORTED_DEALLOCATE)
+            self.has_cursors |= statement.needs_transaction == "DECLARE CURSOR"
             if _STATEMENTS.match(statement.text):
                 self.shared.dirty = True
 
@@ -269,6 +275,7 @@ class Lane(Holder):
         self.in_transaction = True
         self.used = self.doubtful = False
         self._settings.clear()
+        self.has_cursors = False
         self.is_used_here()
         return tag
 
@@ -285,6 +292,8 @@ class Lane(Holder):
         else:
             shared.savepoint = Savepoint.KEPT
             try:
+                if self.has_cursors:
+                    await shared.close_cursors()
                 await self._commit_kept()
             except BaseException:
                 await self._end(chain=False)
@@ -401,6 +410,10 @@ _UNSUPPORTED = {
     ),
 }
 
+_UNSUPPORTED_DEALLOCATE = (
+    "DEALLOCATE ALL would take the prepared statements of the application's other connections as well, "
+    f"which in the sandbox are one. Deallocate by name, or run the test without a sandbox: {ALONE}."
+)
 _UNSUPPORTED_DEFAULTS = (
     "how transactions begin by default can't be changed in the sandbox, which has begun its own. Say "
     f"it where a transaction begins, or run the test without a sandbox: {ALONE}."

@@ -19,9 +19,15 @@ import asyncio
 import secrets
 from contextlib import suppress
 from enum import Enum, auto
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lifekit._errors import SandboxEscapedError, SandboxUnsupportedError, summary
+from lifekit._errors import (
+    SandboxBusyError,
+    SandboxEscapedError,
+    SandboxUnsupportedError,
+    summary,
+)
 
 from ._holders import ALONE, busy, waits_for_this
 from ._uncut import Uncut
@@ -40,14 +46,23 @@ NO_TRANSACTION = "25P01"
 FAILED_TRANSACTION = "25P02"
 INVALID_TERMINATION = "2D000"
 NO_SAVEPOINT = "3B001"
+LOCK_NOT_AVAILABLE = "55P03"
 
 _SAVEPOINT = "lifekit_savepoint"
+_LOCK_TIMEOUT = "SET LOCAL lock_timeout = '9999ms'"
 _HAS_DEFERRABLE = """SELECT 'yes' FROM pg_catalog.pg_constraint WHERE condeferrable LIMIT 1"""
 _DEFER_AGAIN = """DO $lifekit$ DECLARE names text; BEGIN
 SELECT string_agg(DISTINCT format('%I.%I', nspname, conname), ', ') INTO names
 FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace AS n ON n.oid = connamespace
 WHERE condeferred AND conparentid = 0;
 IF names IS NOT NULL THEN EXECUTE 'SET CONSTRAINTS ' || names || ' DEFERRED'; END IF; END $lifekit$"""
+
+
+_CLOSE_CURSORS = """DO $lifekit$ DECLARE commands text; BEGIN
+SELECT string_agg('CLOSE ' || quote_ident(name), ';') INTO commands FROM pg_catalog.pg_cursors
+WHERE NOT is_holdable;
+IF commands IS NOT NULL THEN EXECUTE commands; END IF; END $lifekit$"""
+_numbers = count()
 
 
 class Wire(Protocol):
@@ -91,7 +106,7 @@ class Shared:
         self._lock = asyncio.Lock()
         self._holder: Lane | None = None
         self._escape: BaseException | None = None
-        self._names: list[str] = []
+        self._names: set[str] = set()
         self._beginning: Uncut[None] | None = None
 
     def begin(self) -> None:
@@ -99,7 +114,7 @@ class Shared:
         self._beginning = Uncut(self._begin())
 
     async def _begin(self) -> None:
-        sql = f"BEGIN; SAVEPOINT {self._guard}; SAVEPOINT {_SAVEPOINT}"
+        sql = f"BEGIN; {_LOCK_TIMEOUT}; SAVEPOINT {self._guard}; SAVEPOINT {_SAVEPOINT}"
         await self._send(sql, Savepoint.CLEAN)
 
     async def end(self) -> None:
@@ -144,8 +159,13 @@ class Shared:
 
     def unique_name(self) -> str:
         """Return a name for a prepared statement, which the end of the block deallocates."""
-        self._names.append(f"lifekit_{len(self._names)}")
-        return self._names[-1]
+        name = f"lifekit_{next(_numbers)}"
+        self._names.add(name)
+        return name
+
+    def forget_name(self, name: str) -> None:
+        """Note that the statement of that name was deallocated."""
+        self._names.discard(name)
 
     # -- whose turn it is --------------------------------------------------------------------------
 
@@ -221,6 +241,10 @@ class Shared:
             self.savepoint = Savepoint.UNDONE
             raise
 
+    async def close_cursors(self) -> None:
+        """Close the cursors that end with a transaction."""
+        await self.control(_CLOSE_CURSORS)
+
     async def control(self, sql: str, *, leads_to: Savepoint | None = None) -> None:
         """Send the sandbox's own statements."""
 
@@ -237,10 +261,13 @@ class Shared:
         if leads_to is not None:  # also when nobody waits for it any more
             self.savepoint = leads_to
 
-    def refuse_what_needs_no_transaction(self, error: Exception) -> None:
-        """Raise the sandbox's own error where a statement fails for being in a transaction."""
-        if sqlstate(error) in {ACTIVE_TRANSACTION, INVALID_TERMINATION}:
+    def explain(self, error: BaseException, *, in_transaction: bool) -> None:
+        """Raise the sandbox's own error where a statement failed only because of the sandbox."""
+        code = sqlstate(error)
+        if code in {ACTIVE_TRANSACTION, INVALID_TERMINATION} and not in_transaction:
             raise SandboxUnsupportedError(f"{summary(error)}\n{_NEEDS_NONE}") from error
+        if code == LOCK_NOT_AVAILABLE and "lock timeout" in str(error):
+            raise SandboxBusyError(f"{summary(error)}\n{_LOCKED}") from error
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -260,6 +287,12 @@ _ESCAPED = (
     "committed: look at the database. The likely culprit is a COMMIT or ROLLBACK where the sandbox "
     "could not see it. Use the driver's own calls for transactions, or run the test without a sandbox: "
     f"{ALONE}."
+)
+_LOCKED = (
+    "Another transaction has the lock and ended not in ten seconds: in the sandbox most likely that of "
+    "another pool in this test, which has a transaction of its own, or of another test process on the "
+    "same database that uses the same rows or unique keys. Let both go through one pool, or let each "
+    f"process make keys of its own; or run the test without a sandbox: {ALONE}."
 )
 _NEEDS_NONE = (
     "PostgreSQL runs this outside of transactions only, and in the sandbox all runs inside one. Run "

@@ -18,7 +18,7 @@ from asyncpg import exceptions
 from asyncpg.pool import PoolConnectionHolder
 
 from lifekit._errors import SandboxBusyError, SandboxEscapedError
-from lifekit._sandbox import refuse_stragglers
+from lifekit._sandbox import current_block, refuse_stragglers
 from lifekit.drivers import Sandbox
 from lifekit.drivers.asyncpg import loans
 
@@ -31,10 +31,11 @@ _SECONDS = 60.0
 
 
 class RealConnection:
-    """The real connection of a sandbox, an `asyncpg.Connection`."""
+    """The real connection of a sandbox, an `asyncpg.Connection`, and what its lanes share."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
+        self.shared = Shared(self)
 
     async def control(self, sql: str) -> None:
         """Send statements in one message; whatever they return is dropped."""
@@ -88,8 +89,9 @@ def _running(
             self._busy = True
             try:
                 return await getattr(self._real, name)(state, *args, **options)
-            except BaseException:
+            except BaseException as error:
                 lane.doubtful = True
+                lane.shared.explain(error, in_transaction=True)
                 raise
             finally:
                 self._busy = False
@@ -133,12 +135,24 @@ class _LaneProtocol:
 
     bind_execute = _running("bind_execute", 4, _extra)
     bind_execute_many = _running("bind_execute_many", 2, lambda *_: [])
-    bind = _running("bind", 2, lambda *_: None)
     execute = _running("execute", 3, lambda *_: [])
     copy_out = _running("copy_out", 1, lambda tag, *_: tag)
     copy_in = _running("copy_in", 4, lambda tag, *_: tag)
     close_portal = _aside("close_portal")
-    close_statement = _aside("close_statement")
+
+    _bind = _running("bind", 2, lambda *_: None)
+
+    async def bind(self, *args: Any) -> Any:
+        """Open a cursor."""
+        self.lane.has_cursors = True
+        return await self._bind(*args)
+
+    _close_statement = _aside("close_statement")
+
+    async def close_statement(self, state: Any, seconds: Any) -> Any:
+        """Deallocate a prepared statement."""
+        self.lane.shared.forget_name(state.name)
+        return await self._close_statement(state, seconds)
 
     async def query(self, query: str, seconds: Any) -> str:
         """Run a message of the simple protocol."""
@@ -209,9 +223,10 @@ class PoolSandbox(Sandbox):
 
     def __init__(self, pool: Any) -> None:
         self.active = False
-        self.shared: Shared | None = None
         self._pool = pool
-        self._real: Any = None
+        self._own: RealConnection | None = None
+        self._used: RealConnection | None = None  # its own, or that of another pool
+        self._key: object = None
         self._inside: _Inside | None = None
         self._outside: _Inside | None = None
         self._redirected: list[tuple[Any, Any, Any]] = []
@@ -221,37 +236,33 @@ class PoolSandbox(Sandbox):
         pool = self._pool
         if pool._closing or pool._closed:
             return
-        if self._real is None or self._real.is_closed():
-            self._inside = None
-            self._real = await pool._get_new_connection()
-            self.shared = Shared(RealConnection(self._real))
-        if self._inside is None:
+        before, self._used = self._used, await self._real()
+        if self._inside is None or self._used is not before:
             self._inside = self._made_inside()
-        assert self.shared is not None
         self._outside = self._put_in(self._inside)
         for holder in self._outside.holders:
             if not holder.is_idle():
                 self._redirect(holder._con)
         self.active = True
-        self.shared.begin()
+        if self._used is self._own:
+            self._used.shared.begin()
 
     async def end(self) -> None:
         """Take them out, and undo what they did."""
         if not self.active:
             return
-        assert self.shared is not None
-        assert self._outside is not None
+        assert self._used is not None
         if self._strays():
             await lets_go(lambda: not self._strays())
         strays = self._strays()
         told = escaped_strays("connection", strays) if strays else None
         self._put_back()
-        try:
-            await self.shared.end()
-        finally:
-            if self.shared.dirty:  # what was prepared, or is known of types, may be of no use
-                self._inside = None
-                await self._real.close(timeout=_SECONDS)
+        if self._used is self._own:
+            try:
+                await self._used.shared.end()
+            finally:
+                if self._used.shared.dirty:  # what was prepared or is known of types may be wrong now
+                    await self._used.connection.close(timeout=_SECONDS)
         if told is not None:
             raise told
 
@@ -259,20 +270,42 @@ class PoolSandbox(Sandbox):
         """Close the real connection."""
         with suppress(SandboxEscapedError):
             await self.end()
-        if self._real is not None:
-            await self._real.close(timeout=_SECONDS)
+        if self._own is not None:
+            await self._own.connection.close(timeout=_SECONDS)
 
     def terminate(self) -> None:
         """Cut the real connection off."""
         if self.active:
             self._put_back()
-        if self._real is not None:
-            self._real.terminate()
+        if self._own is not None:
+            self._own.connection.terminate()
+
+    async def _real(self) -> RealConnection:
+        """Return the real connection for a block: pools of one database and user share one."""
+        block = current_block.get()
+        commons: dict[object, Any] = block.commons if block is not None else {}
+        shared: RealConnection | None = commons.get(self._key)
+        if shared is not None and not shared.lost():
+            return shared
+        if self._own is None or self._own.lost():
+            pool = self._pool
+            connection = await pool._get_new_connection()
+            self._own = RealConnection(connection)
+            given = (
+                pool._connect_kwargs.get("server_settings"),
+                pool._init,
+                pool._setup,
+                pool._connect,
+            )
+            login = (connection._addr, connection._params.database, connection._params.user)
+            self._key = repr((type(connection), login, given))
+        real: RealConnection = commons.setdefault(self._key, self._own)
+        return self._own if real.lost() else real
 
     async def connect(self) -> Any:
         """Return a new connection of the application's."""
-        assert self.shared is not None
-        connection = connect(self.shared, self._real)
+        assert self._used is not None
+        connection = connect(self._used.shared, self._used.connection)
         if self._pool._init is not None:
             await self._pool._init(connection)
         return connection
@@ -341,8 +374,8 @@ class PoolSandbox(Sandbox):
         if real.is_in_transaction():
             connection._protocol = _OutsideProtocol(connection)
             return
-        assert self.shared is not None
-        lane = connect(self.shared, self._real)
+        assert self._used is not None
+        lane = connect(self._used.shared, self._used.connection)
         lane._aborted = True  # it only gives what it has
         connection._protocol, connection._stmt_cache = lane._protocol, lane._stmt_cache
         connection._protocol.lane.acquired_before(loans.of(connection))

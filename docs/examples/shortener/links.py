@@ -1,6 +1,7 @@
 """What the application is about."""
 
 import secrets
+from contextlib import suppress
 
 import asyncpg
 import redis.asyncio as redis
@@ -29,15 +30,16 @@ class Links:
 
     async def follow(self, slug: str) -> str | None:
         """Return where *slug* leads, or None, and count the visit."""
-        cached = await self.cache.get(f"url:{slug}")
-        if cached is not None:
-            url = str(cached)
-        else:
-            url = await self.db.fetchval("SELECT url FROM links WHERE slug = $1", slug)
-            if url is None:
-                return None
-            await self.cache.set(f"url:{slug}", url, ex=3600)
-        await self.cache.hincrby("visits", slug)
+        with suppress(redis.ConnectionError):  # without its cache it is slower, and does not count
+            cached = await self.cache.get(f"url:{slug}")
+            if cached is not None:
+                await self.cache.hincrby("visits", slug)
+                return str(cached)
+        url: str | None = await self.db.fetchval("SELECT url FROM links WHERE slug = $1", slug)
+        if url is not None:
+            with suppress(redis.ConnectionError):
+                await self.cache.set(f"url:{slug}", url, ex=3600)
+                await self.cache.hincrby("visits", slug)
         return url
 
     async def save_visits(self) -> None:

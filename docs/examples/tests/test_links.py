@@ -1,0 +1,91 @@
+"""The shortener's own tests: real PostgreSQL, real Valkey, and nothing to clean up."""
+
+from typing import Any
+
+import redis.asyncio as redis
+from httpx2 import AsyncClient
+from lifekit import Lifespan, testing
+from shortener import resources
+from starlette.testclient import TestClient
+
+URL = "https://example.org/"
+
+
+# Rollback: each test finds the database as it was before.
+
+
+async def test_a_short_link_leads_to_its_page(client: AsyncClient) -> None:
+    made = await client.post("/links", json={"url": URL})
+    answer = await client.get(f"/{made.json()['slug']}")
+
+    assert made.status_code == 201
+    assert (answer.status_code, answer.headers["location"]) == (307, URL)
+
+
+async def test_nothing_is_left_of_the_tests_before(lifespan: Lifespan) -> None:
+    assert await lifespan[resources.db].fetch("SELECT * FROM links") == []
+    assert await lifespan[resources.cache].keys() == []
+
+
+async def test_rows_that_a_test_needs_are_put_in_by_the_pool_that_reads_them(
+    client: AsyncClient, lifespan: Lifespan
+) -> None:
+    # Pools of two drivers have a transaction each, and don't see each other's rows.
+    async with lifespan[resources.reports].acquire() as connection, connection.cursor() as cursor:
+        await cursor.execute("INSERT INTO links (slug, url, visits) VALUES ('known', %s, 3)", [URL])
+
+    assert (await client.get("/reports/top")).json() == [{"slug": "known", "url": URL, "visits": 3}]
+
+
+# A plain function works as well: Starlette's TestClient, in the same sandbox.
+
+
+def test_an_unknown_link_is_not_found(sync_client: TestClient) -> None:
+    assert sync_client.get("/unknown").status_code == 404
+
+
+# Override: another cache while the application runs; what needs it is built anew, the rest is shared.
+
+
+async def test_a_link_that_the_cache_knows_is_not_looked_up(client: AsyncClient, lifespan: Lifespan) -> None:
+    async with lifespan.override(resources.cache, factory=fake_cache) as patched:
+        await patched[resources.cache].set("url:cached", URL)
+        assert (await client.get("/cached")).headers["location"] == URL
+
+    assert (await client.get("/cached")).status_code == 404
+
+
+def fake_cache() -> redis.Redis:
+    return testing.fake_redis(decode_responses=True)
+
+
+# Mock: it knows redis.Redis, so that a call which the real one refuses fails the test.
+
+
+async def test_each_visit_is_counted_once(client: AsyncClient, lifespan: Lifespan) -> None:
+    cache = mocked_cache()
+    cache.get.return_value = URL
+
+    async with lifespan.override(resources.cache, cache):
+        await client.get("/cached")
+
+    cache.hincrby.assert_called_once_with("visits", "cached")
+
+
+def mocked_cache() -> Any:
+    cache = testing.mock(resources.cache)
+    cache.pipeline.return_value.execute.return_value = [{}, 0]  # no visits to save when links closes
+    return cache
+
+
+# A failing dependency: the application goes on without its cache.
+
+
+async def test_without_the_cache_links_still_work(client: AsyncClient, lifespan: Lifespan) -> None:
+    slug = (await client.post("/links", json={"url": URL})).json()["slug"]
+    cache = mocked_cache()
+    for command in (cache.get, cache.set, cache.hincrby):
+        command.side_effect = redis.ConnectionError("down")
+
+    async with lifespan.override(resources.cache, cache):
+        assert (await client.get(f"/{slug}")).headers["location"] == URL
