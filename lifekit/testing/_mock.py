@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import ast
 import dis
 import functools
 import inspect
 import sys
 import types
 import typing
-from collections import abc
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, cast
 from unittest.mock import AsyncMock, MagicMock, NonCallableMagicMock
 
+from lifekit._annotations import (
+    AWAITED,
+    ENTERED,
+    ITERATED,
+    ITSELF,
+    UNKNOWN,
+    Unclear,
+    class_of,
+    entered_as,
+    is_parameter,
+    resolve_if_possible,
+    return_of,
+    value_type,
+)
 from lifekit._errors import OverrideError
 from lifekit._resource import Resource
 from lifekit._stack import caller
-
-ITSELF: Final = cast("object", Self)
-UNKNOWN: Final[object] = Any
-"""Stands for a type that no annotation tells: what comes of it can do anything."""
 
 # asyncpg annotates none of these.
 UNSAID: Final = {
@@ -32,14 +39,6 @@ UNSAID: Final = {
     "asyncpg.connection.Connection.transaction": ("asyncpg.transaction", "Transaction", ()),
     "asyncpg.connection.Connection.cursor": ("asyncpg.cursor", "CursorFactory", ()),
     "asyncpg.connection.Connection.prepare": ("asyncpg.prepared_stmt", "PreparedStatement", ()),
-}
-
-_AWAITED: set[object] = {abc.Awaitable, abc.Coroutine}
-_ITERATED: set[object] = {abc.AsyncGenerator, abc.AsyncIterator, abc.AsyncIterable}
-_YIELDED: set[object] = {abc.Generator, abc.Iterator, *_ITERATED}
-_ENTERED: dict[object, str] = {
-    AbstractAsyncContextManager: "__aenter__",
-    AbstractContextManager: "__enter__",
 }
 
 
@@ -76,41 +75,11 @@ def mock(handle: Resource[Any]) -> Any:
             f"{caller()}: a {type(handle).__name__} can't be mocked; name the resource by its handle, "
             "the name that @registry.resource decorates."
         )
-    return _value(_made_by(handle), {})
-
-
-def _made_by(handle: Resource[Any]) -> type:
-    factory: Any = handle.factory
-    while isinstance(factory, functools.partial):
-        factory = factory.func
-    if isinstance(factory, type):
-        annotation: object = factory
-    else:
-        function = inspect.unwrap(factory if inspect.isroutine(factory) else type(factory).__call__)
-        raw = getattr(function, "__annotations__", {}).get("return", inspect.Parameter.empty)
-        if raw is inspect.Parameter.empty:
-            raise _unclear(handle, "has no return annotation")
-        try:
-            annotation = _resolved(raw, function.__globals__)
-        except Exception as error:
-            why = f"is annotated {raw!r}, which can't be resolved at run time ({error}). Import it"
-            raise _unclear(handle, f"{why} outside `if TYPE_CHECKING:`") from None
-    told = annotation
-    while (origin := typing.get_origin(annotation)) in {*_AWAITED, *_YIELDED, *_ENTERED}:
-        arguments = typing.get_args(annotation)
-        annotation = arguments[-1 if origin is abc.Coroutine else 0]
-        if origin in _YIELDED:
-            break
-    else:
-        for enter in _ENTERED.values():
-            entered = _entered(annotation, enter)
-            if entered is not UNKNOWN and entered is not None:
-                annotation = entered
-                break
-    kind = _kind(annotation, None)
-    if not isinstance(kind, type) or kind is UNKNOWN:
-        raise _unclear(handle, f"is annotated {told!r}, which is no one class")
-    return kind
+    try:
+        kind = value_type(handle.factory)
+    except Unclear as why:
+        raise _unclear(handle, str(why)) from None
+    return _value(kind, {})
 
 
 def _unclear(handle: Resource[Any], why: str) -> OverrideError:
@@ -148,7 +117,7 @@ def _gives(function: Any, owner: type) -> Gives:
     if (unsaid := UNSAID.get(_named(inner))) is not None:
         module, name, uses = unsaid
         return Gives(getattr(import_module(module), name), uses)
-    annotation = _returned(inner, owner)
+    annotation = return_of(inner, owner)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     first = arguments[0] if arguments else UNKNOWN
     if inspect.iscoroutinefunction(function):
@@ -163,109 +132,21 @@ def _gives(function: Any, owner: type) -> Gives:
         return Gives(first, ("__aenter__",) if entered else ("__await__", "__aenter__", "__aiter__"))
     if inspect.isgeneratorfunction(inner) and inner is not function:
         return Gives(first, ("__enter__",))
-    if origin in _AWAITED or annotation in _AWAITED or annotation is typing.Awaitable:
+    if origin in AWAITED or annotation in AWAITED or annotation is typing.Awaitable:
         return Gives(arguments[-1] if arguments else UNKNOWN, ("__await__",))
-    if origin in _ITERATED:
+    if origin in ITERATED:
         return Gives(UNKNOWN, ("__aiter__",))
-    if origin in _ENTERED:
-        return Gives(first, (_ENTERED[origin],))
+    if origin in ENTERED:
+        return Gives(first, (ENTERED[origin],))
     if origin in {typing.Union, types.UnionType}:
-        awaited = [each for each in arguments if typing.get_origin(each) in _AWAITED]
+        awaited = [each for each in arguments if typing.get_origin(each) in AWAITED]
         if awaited:
             return Gives(typing.get_args(awaited[0])[-1], ("__await__",), fluent=True)
     for enter in ("__aenter__", "__enter__"):
-        if _is_parameter(annotation, enter):
+        if is_parameter(annotation, enter):
             uses = tuple(use for use in USES if hasattr(origin, use))
-            return Gives(_entered(annotation, enter), uses)
+            return Gives(entered_as(annotation, enter), uses)
     return Gives(annotation)
-
-
-def _is_parameter(annotation: object, enter: str) -> bool:
-    origin: Any = typing.get_origin(annotation)
-    told = _returned(getattr(origin, enter, None), origin) if isinstance(origin, type) else None
-    return isinstance(told, TypeVar) and told in getattr(origin, "__parameters__", ())
-
-
-def _entered(annotation: object, enter: str) -> object:
-    kind: Any = typing.get_origin(annotation) or annotation
-    function = getattr(kind, enter, None) if isinstance(kind, type) else None
-    if function is None:
-        return UNKNOWN
-    if _is_parameter(annotation, enter):
-        told = _returned(function, kind)
-        parameters: tuple[object, ...] = cast("Any", kind).__parameters__
-        return typing.get_args(annotation)[parameters.index(told)]
-    entered = _kind(_returned(function, kind), kind)
-    return annotation if entered is ITSELF else entered
-
-
-def _returned(function: Any, owner: type | None) -> object:
-    function = inspect.unwrap(function)
-    raw = getattr(function, "__annotations__", {}).get("return", UNKNOWN)
-    return _told(raw, getattr(function, "__globals__", {}), owner)
-
-
-def _told(raw: object, names: Mapping[str, Any], owner: type | None) -> object:
-    with suppress(Exception):  # a name that only type checkers can resolve
-        return _resolved(raw, names, {owner.__name__: owner} if owner is not None else {})
-    return UNKNOWN
-
-
-def _resolved(raw: object, names: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> object:
-    names = {**names, **{name: names.get(name, kind) for name, kind in (own or {}).items()}}
-
-    def probe() -> None: ...
-
-    def read(annotation: object) -> object:
-        probe.__annotations__ = {"return": annotation}
-        return typing.get_type_hints(probe, names)["return"]
-
-    try:
-        return read(raw)
-    except Exception:
-        if not isinstance(raw, str):
-            raise
-        bare = _Bare(names).visit(ast.parse(raw, mode="eval"))
-        return read(ast.unparse(bare))
-
-
-class _Bare(ast.NodeTransformer):
-    # `Pool[Record]` is legal to type checkers with stubs where Pool takes no subscript.
-    def __init__(self, names: Mapping[str, Any]) -> None:
-        self._names = names
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        node.slice = self.visit(node.slice)
-        try:
-            eval(ast.unparse(node), dict(self._names))
-        except Exception:
-            return node.value
-        return node
-
-
-def _kind(annotation: object, owner: type | None) -> object:
-    """Return a class, None, ITSELF, or UNKNOWN."""
-    if annotation is None or annotation is types.NoneType:
-        return None
-    origin: Any = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
-    if origin in {typing.ClassVar, typing.Final}:
-        return _kind(arguments[0], owner)
-    if origin in {typing.Union, types.UnionType}:
-        known = [each for each in arguments if each is not types.NoneType]
-        return _kind(known[0], owner) if owner is not None and len(known) == 1 else UNKNOWN
-    if isinstance(annotation, TypeVar) and owner is not None:
-        bound: Any = annotation.__bound__
-        if isinstance(bound, typing.ForwardRef):
-            # What the variable's own module imports for type checkers only, its user's imports.
-            names = vars(sys.modules[annotation.__module__]) | vars(sys.modules[owner.__module__])
-            bound = _told(bound.__forward_arg__, names, owner)
-        limit: Any = UNKNOWN if bound is None else _kind(bound, owner)
-        return ITSELF if limit in owner.__mro__ else cast("object", limit)
-    if annotation is ITSELF:
-        return ITSELF
-    kind: Any = origin or annotation
-    return kind if inspect.isclass(kind) and kind is not type else UNKNOWN
 
 
 class Part(NonCallableMagicMock):
@@ -309,8 +190,8 @@ class Part(NonCallableMagicMock):
             return _result(about.gives.value, about.owner, about.kind, self, options)
         if name.startswith("__") and name.endswith("__"):
             made = (AsyncMock if name in _ASYNC else MagicMock)(**options)
-            if name in _ENTERED.values():
-                told = _entered(about.kind, name) if about.kind is not None else UNKNOWN
+            if name in ENTERED.values():
+                told = entered_as(about.kind, name) if about.kind is not None else UNKNOWN
                 itself = told is about.kind or told is UNKNOWN
                 made.return_value = self if itself else _result(told, self, about.kind, self, {})
             return made
@@ -365,7 +246,7 @@ def _result(
     annotation: object, owner: Any, kind: type | None, mocked: Any, options: dict[str, Any]
 ) -> Any:
     of = kind or (owner.__dict__["_lifekit"].kind if owner is not None else None)
-    made = _kind(annotation, of or object)
+    made = class_of(annotation, of or object)
     if made is None:
         return None
     if made is ITSELF:
@@ -408,7 +289,7 @@ def _attribute(mocked: Any, kind: type, name: str, options: dict[str, Any]) -> A
     raw: Any = inspect.getattr_static(kind, name, None)
     if isinstance(raw, property | functools.cached_property):
         getter = raw.fget if isinstance(raw, property) else raw.func
-        return _result(_returned(getter, kind), mocked, kind, mocked, options)
+        return _result(return_of(getter, kind), mocked, kind, mocked, options)
     if isinstance(raw, staticmethod | classmethod):
         called = getattr(kind, name)
         function: Any = cast("Any", raw).__func__
@@ -425,7 +306,7 @@ def _attribute(mocked: Any, kind: type, name: str, options: dict[str, Any]) -> A
 def _annotated(kind: type, name: str) -> object:
     for base in kind.__mro__:
         if name in (told := inspect.get_annotations(base)):
-            return _told(told[name], vars(sys.modules[base.__module__]), base)
+            return resolve_if_possible(told[name], vars(sys.modules[base.__module__]), base)
     return UNKNOWN
 
 
