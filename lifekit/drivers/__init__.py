@@ -90,10 +90,12 @@ class Driver(Generic[T]):
 _BUILT_IN = {
     "asyncpg.pool.Pool": "asyncpg",
     "aiopg.pool.Pool": "aiopg",
+    "psycopg_pool.pool_async.AsyncConnectionPool": "psycopg",
     "redis.asyncio.client.Redis": "redis",
     "redis.asyncio.cluster.RedisCluster": "redis",
     "httpx.AsyncClient": "httpx",
     "httpx2.AsyncClient": "httpx",
+    "sqlalchemy.ext.asyncio.engine.AsyncEngine": "sqlalchemy",
 }
 _PACKAGES = {name.partition(".")[0]: module for name, module in _BUILT_IN.items()}
 _registered: dict[type, Driver[Any]] = {}

@@ -45,6 +45,9 @@ class Lane(Holder):
         self.read_only = False
         self.used = False  # since the transaction began
         self.doubtful = False  # whether the transaction still works
+        self.holding = False  # whether the transaction has the connection: it may have lent it
+        self.wrote = False  # or may have, since the transaction began
+        self.active = False  # whether a statement of the transaction is under way
         self.touched_session = False
         self.has_cursors = False  # that end with the transaction
         self._isolation = _READ_COMMITTED
@@ -61,11 +64,34 @@ class Lane(Holder):
 
     def goes_directly(self, text: str) -> bool:
         """Return whether there is nothing more to a statement than sending it."""
-        if self.in_transaction and read(text).simple:
-            self.used = True
+        script = read(text)
+        if self.holding and script.simple:
+            self.used = self.active = True
+            self.wrote = self.wrote or not script.reads
             self.shared.acts += 1
             return True
         return False
+
+    def lends(self) -> bool:
+        """Return whether its transaction needs nothing of the connection until its next statement."""
+        return self.holding and not (self.wrote or self.active or self.doubtful)
+
+    def rests(self) -> None:
+        """Note that no statement is under way."""
+        self.active = False
+        self.shared.rests(self)
+
+    async def _regain(self) -> None:
+        # Each statement of a READ COMMITTED transaction sees what others have committed before it.
+        if self.in_transaction and not self.holding:
+            await self.shared.turn(self)
+            try:
+                await self.shared.clean_savepoint()
+            except BaseException:
+                self.shared.leave(self)
+                raise
+            self.shared.savepoint = Savepoint.UNDONE
+            self.holding = True
 
     async def run(self, text: str, send: Callable[[], Awaitable[T]], answer: Callable[[str], T]) -> T:
         """Run what one message says.
@@ -126,7 +152,9 @@ class Lane(Holder):
         if script.schema:
             shared.schema_changed()
         if self.in_transaction:
-            self.used = True
+            await self._regain()
+            self.used = self.active = True
+            self.wrote = self.wrote or not script.reads
             shared.acts += 1
             try:
                 await self._remember_settings(script)
@@ -135,6 +163,8 @@ class Lane(Holder):
                 self.doubtful = True
                 shared.explain(error, in_transaction=True)
                 raise
+            finally:
+                self.rests()
         self._refuse_without_transaction(script)
         await shared.turn(self)
         try:
@@ -197,11 +227,15 @@ class Lane(Holder):
     async def prepare(self, send: Callable[[], Awaitable[T]]) -> T:
         """Have a statement parsed: it may fail as if it ran, and does nothing."""
         if self.in_transaction:
+            await self._regain()
+            self.active = True
             try:
                 return await send()
             except BaseException:
                 self.doubtful = True
                 raise
+            finally:
+                self.rests()
         await self.shared.turn(self)
         try:
             await self.shared.clean_savepoint()
@@ -214,8 +248,12 @@ class Lane(Holder):
 
     async def aside(self, send: Callable[[], Awaitable[T]]) -> T:
         """Do what has nothing to do with transactions, when nobody else uses the connection."""
-        if self.in_transaction:
-            return await send()
+        if self.holding:
+            self.active = True
+            try:
+                return await send()
+            finally:
+                self.rests()
         await self.shared.turn(self)
         try:
             return await send()
@@ -272,8 +310,10 @@ class Lane(Holder):
         except BaseException:
             self.shared.leave(self)
             raise
-        self.in_transaction = True
+        self.in_transaction = self.holding = True
         self.used = self.doubtful = False
+        # Where it keeps to one snapshot, nobody may change anything meanwhile.
+        self.wrote = self.read_only or self._isolation in ("repeatable read", "serializable")
         self._settings.clear()
         self.has_cursors = False
         self.is_used_here()
@@ -284,6 +324,8 @@ class Lane(Holder):
         if not self.in_transaction:
             self._refuse_chain("COMMIT", chain)
             return "COMMIT"
+        if not self.holding:  # it did nothing
+            return await self._end_what_it_lent("COMMIT", chain=chain)
         shared = self.shared
         if not await self._works():
             return await self.rollback(chain=chain)
@@ -303,9 +345,11 @@ class Lane(Holder):
 
     async def rollback(self, *, chain: bool = False) -> str:
         """Undo the transaction, and return the command tag."""
-        if self.in_transaction:
+        if self.holding:
             self.shared.savepoint = Savepoint.UNDONE
             await self._end(chain=chain)
+        elif self.in_transaction:
+            await self._end_what_it_lent("ROLLBACK", chain=chain)
         else:
             self._refuse_chain("ROLLBACK", chain)
         return "ROLLBACK"
@@ -319,10 +363,15 @@ class Lane(Holder):
     def abandon(self) -> None:
         """Undo the transaction of a connection that was closed."""
         self.closed = True
-        if self.in_transaction:
+        if self.holding:
             self.shared.savepoint = Savepoint.UNDONE
-            self.in_transaction = False
-            self.shared.leave(self)
+        self.in_transaction = self.holding = False
+        self.shared.leave(self)
+
+    async def _end_what_it_lent(self, tag: str, *, chain: bool) -> str:
+        self.in_transaction = chain
+        self.used = False
+        return tag
 
     async def _end(self, *, chain: bool) -> None:
         if chain:
@@ -332,7 +381,7 @@ class Lane(Holder):
             if self.read_only:
                 await self.shared.control("SET TRANSACTION READ ONLY")
             return
-        self.in_transaction = False
+        self.in_transaction = self.holding = False
         self.shared.leave(self)
 
     async def _works(self) -> bool:
@@ -348,6 +397,8 @@ class Lane(Holder):
     async def _set_transaction(self, statement: Statement) -> str:
         if not self.in_transaction:
             return "SET"  # with a warning that it does nothing
+        await self._regain()
+        self.wrote = True
         if statement.isolation not in (None, self._isolation):
             if self.used:
                 self.doubtful = True

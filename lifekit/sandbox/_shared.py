@@ -105,6 +105,7 @@ class Shared:
         self._guard = f"lifekit_guard_{secrets.token_hex(4)}"
         self._lock = asyncio.Lock()
         self._holder: Lane | None = None
+        self._waiting = 0
         self._escape: BaseException | None = None
         self._names: set[str] = set()
         self._beginning: Uncut[None] | None = None
@@ -171,12 +172,22 @@ class Shared:
 
     def busy_for(self, lane: Lane) -> bool:
         """Return whether somebody else has the connection."""
-        return self._lock.locked() and self._holder is not lane
+        holder = self._holder
+        return (
+            self._lock.locked() and holder is not lane and not (holder is not None and holder.lends())
+        )
 
     async def turn(self, lane: Lane) -> None:
         """Wait until the connection is free, and take it."""
-        if self._lock.locked():
-            await self._wait(lane)
+        if self._holder is not None and self._holder.lends():
+            self._holder.holding = False
+            self.savepoint = Savepoint.CLEAN
+        elif self._lock.locked():
+            self._waiting += 1
+            try:
+                await self._wait(lane)
+            finally:
+                self._waiting -= 1
         else:
             await self._lock.acquire()
         if lane.closed:
@@ -190,6 +201,13 @@ class Shared:
         if self._holder is lane:
             self._holder = None
             self._lock.release()
+
+    def rests(self, lane: Lane) -> None:
+        """Let others have the connection, if they wait and the lane's transaction lends it."""
+        if self._waiting and lane.lends():
+            lane.holding = False
+            self.savepoint = Savepoint.CLEAN
+            self.leave(lane)
 
     async def _wait(self, lane: Lane) -> None:
         while True:

@@ -75,6 +75,7 @@ class Script:
         session: Whether it may leave anything on the session that a rollback does not take back, or
             that outlives the transaction, other than by functions that it calls.
         local: Whether it may set anything for the rest of the transaction: `SET LOCAL`.
+        reads: Whether it surely does nothing but read: it calls no function that is not known for that.
     """
 
     statements: tuple[Statement, ...]
@@ -82,6 +83,7 @@ class Script:
     schema: bool
     session: bool
     local: bool
+    reads: bool = False
 
     @cached_property
     def simple(self) -> bool:
@@ -116,6 +118,7 @@ def _read(text: str) -> Script:
         or any(found.verb in (Verb.LISTEN, Verb.UNLISTEN) for found in statements)
         or any(_changes_session(tokens) for tokens in others),
         local=_SETTING.search(text) is not None or any(_sets_local(tokens) for tokens in others),
+        reads=len(others) == len(statements) and all(_only_reads(tokens) for tokens in others),
     )
 
 
@@ -403,6 +406,38 @@ def _changes_schema(tokens: Sequence[str]) -> bool:
 
 def _changes_session(tokens: Sequence[str]) -> bool:
     return _LASTING_WORDS.fullmatch(_first(tokens)) is not None and not _sets_local(tokens)
+
+
+_READING = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "SHOW"})
+_WRITING = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "INTO", "SHARE"})
+# Keywords, types, and functions that change nothing.
+_BEFORE_BRACKET = re.compile(
+    """ALL|AND|ANY|ARRAY|AS|BETWEEN|BY|CASE|CAST|DISTINCT|ELSE|EXCEPT|EXISTS|FILTER|FROM|GROUP|HAVING
+    |ILIKE|IN|INTERSECT|IS|JOIN|LATERAL|LIKE|LIMIT|MATERIALIZED|NOT|OFFSET|ON|OR|OVER|RECURSIVE|ROW
+    |SELECT|SETS|SOME|THEN|UNION|USING|VALUES|WHEN|WHERE|WITH|WITHIN
+    |BIT|CHAR|CHARACTER|DECIMAL|INTERVAL|NUMERIC|TIME|TIMESTAMP|VARCHAR|VARYING
+    |ABS|ARRAY_AGG|ARRAY_LENGTH|AVG|BOOL_AND|BOOL_OR|CARDINALITY|CEIL|CHAR_LENGTH|COALESCE|CONCAT
+    |CONCAT_WS|COUNT|CURRENT_SCHEMA|CURRENT_SETTING|DATE_PART|DATE_TRUNC|DENSE_RANK|EXTRACT
+    |FIRST_VALUE|FLOOR|FORMAT_TYPE|GENERATE_SERIES|GREATEST|JSONB_AGG|JSONB_BUILD_OBJECT|JSON_AGG
+    |JSON_BUILD_OBJECT|LAG|LAST_VALUE|LEAD|LEAST|LENGTH|LOWER|LTRIM|MAX|MD5|MIN|NOW|NULLIF|OVERLAY
+    |PG_BACKEND_PID|PG_GET_CONSTRAINTDEF|PG_GET_EXPR|PG_TABLE_IS_VISIBLE|POSITION|RANK|REPLACE|ROUND
+    |ROW_NUMBER|ROW_TO_JSON|RTRIM|STRING_AGG|SUBSTRING|SUM|TO_CHAR|TO_TSQUERY|TO_TSVECTOR|TRIM
+    |UNNEST|UPPER|VERSION""",
+    re.VERBOSE,
+)
+
+
+def _only_reads(tokens: Sequence[str]) -> bool:
+    # A function may do anything, and so it counts as writing unless it is known. What a view calls is
+    # not seen.
+    if _first(tokens) not in _READING or not _WRITING.isdisjoint(tokens):
+        return False
+    for at in range(1, len(tokens)):
+        name, schema = tokens[at - 1], tokens[at - 3] if tokens[max(at - 2, 0)] == "." else "PG_CATALOG"
+        called = tokens[at] == "(" and (name[0] in '_"' or name[0].isalpha())
+        if called and not (_BEFORE_BRACKET.fullmatch(name) and schema == "PG_CATALOG"):
+            return False
+    return True
 
 
 def _sets_local(tokens: Sequence[str]) -> bool:

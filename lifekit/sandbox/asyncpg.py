@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 from asyncpg import exceptions
 from asyncpg.pool import PoolConnectionHolder
@@ -78,6 +79,11 @@ def lane_of(connection: Any) -> Lane | None:
     return getattr(connection._protocol, "lane", None)
 
 
+def _is_busy(connection: Any) -> bool:
+    lane = lane_of(connection)
+    return lane is not None and (lane.in_transaction or connection._protocol.is_busy)
+
+
 def _running(
     name: str, timeout_at: int, answer: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
 ) -> Any:
@@ -85,8 +91,8 @@ def _running(
 
     async def run(self: _LaneProtocol, state: Any, *args: Any, **options: Any) -> Any:
         lane, text = self.lane, state if isinstance(state, str) else state.query
-        if not self._busy and lane.goes_directly(text):
-            self._busy = True
+        if not self.is_busy and lane.goes_directly(text):
+            self.is_busy = True
             try:
                 return await getattr(self._real, name)(state, *args, **options)
             except BaseException as error:
@@ -94,7 +100,8 @@ def _running(
                 lane.shared.explain(error, in_transaction=True)
                 raise
             finally:
-                self._busy = False
+                self.is_busy = False
+                lane.rests()
         timeout = options.get("timeout", args[timeout_at] if "timeout" not in options else None)
         send = partial(getattr(self._real, name), state, *args, **options)
         return await self._one_at_a_time(
@@ -128,7 +135,7 @@ class _LaneProtocol:
         self.queries_count = 0
         self._real = real._protocol
         self._config = real._config
-        self._busy = False
+        self.is_busy = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -144,7 +151,7 @@ class _LaneProtocol:
 
     async def bind(self, *args: Any) -> Any:
         """Open a cursor."""
-        self.lane.has_cursors = True
+        self.lane.has_cursors = self.lane.wrote = True  # it does not outlive the savepoint
         return await self._bind(*args)
 
     _close_statement = _aside("close_statement")
@@ -167,18 +174,23 @@ class _LaneProtocol:
     async def prepare(self, name: str, query: str, seconds: Any, **options: Any) -> Any:
         """Have a statement parsed."""
         # The real connection has one statement without a name, and each of its lanes may want one.
-        send = partial(self._real.prepare, name or self.lane.unique_name(), query, seconds, **options)
-        return await self._one_at_a_time(self.lane.prepare(send), seconds)
+        unique = name or self.lane.unique_name()
+        send = partial(self._real.prepare, unique, query, seconds, **options)
+        try:
+            return await self._one_at_a_time(self.lane.prepare(send), seconds)
+        except BaseException:
+            self.lane.shared.forget_name(unique)
+            raise
 
     async def _one_at_a_time(self, act: Coroutine[Any, Any, Any], seconds: Any) -> Any:
-        if self._busy or self.lane.closed:
+        if self.is_busy or self.lane.closed:
             act.close()
             raise exceptions.InterfaceError(
                 "cannot perform operation: another operation is in progress"
-                if self._busy
+                if self.is_busy
                 else "cannot perform operation: connection is closed"
             )
-        self._busy = True
+        self.is_busy = True
         self.queries_count += 1
         try:
             if not self.lane.must_wait():
@@ -188,7 +200,7 @@ class _LaneProtocol:
             async with asyncio.timeout(seconds):
                 return await act
         finally:
-            self._busy = False
+            self.is_busy = False
 
     def is_in_transaction(self) -> bool:
         """Return whether the application is in a transaction of its own."""
@@ -204,7 +216,7 @@ class _LaneProtocol:
 
     def abort(self) -> None:
         """Close it at once."""
-        if self._busy and not self.lane.must_wait():
+        if self.is_busy and not self.lane.must_wait():
             self._real._request_cancel()
         self.lane.abandon()
 
@@ -229,6 +241,7 @@ class PoolSandbox(Sandbox):
         self._key: object = None
         self._inside: _Inside | None = None
         self._outside: _Inside | None = None
+        self._twins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of connections acquired before
         self._redirected: list[tuple[Any, Any, Any]] = []
 
     async def begin(self) -> None:
@@ -239,6 +252,7 @@ class PoolSandbox(Sandbox):
         before, self._used = self._used, await self._real()
         if self._inside is None or self._used is not before:
             self._inside = self._made_inside()
+            self._twins.clear()
         self._outside = self._put_in(self._inside)
         for holder in self._outside.holders:
             if not holder.is_idle():
@@ -328,8 +342,7 @@ class PoolSandbox(Sandbox):
 
     def _strays(self) -> list[Lane]:
         lanes = [lane_of(connection) for connection in self._held()]
-        out = [lane_of(connection) for connection, _, _ in self._redirected]
-        lanes += [lane for lane in out if lane is not None and lane.in_transaction]
+        lanes += [lane_of(connection) for connection, _, _ in self._redirected if _is_busy(connection)]
         return [lane for lane in lanes if lane is not None]
 
     def _made_inside(self) -> _Inside:
@@ -374,22 +387,24 @@ class PoolSandbox(Sandbox):
         if real.is_in_transaction():
             connection._protocol = _OutsideProtocol(connection)
             return
-        assert self._used is not None
-        lane = connect(self._used.shared, self._used.connection)
-        lane._aborted = True  # it only gives what it has
-        connection._protocol, connection._stmt_cache = lane._protocol, lane._stmt_cache
-        connection._protocol.lane.acquired_before(loans.of(connection))
+        twin = self._twins.get(connection)
+        if twin is None:
+            assert self._used is not None
+            twin = connect(self._used.shared, self._used.connection)
+            twin._aborted = True  # it only gives what it has
+            self._twins[connection] = twin
+        connection._protocol, connection._stmt_cache = twin._protocol, twin._stmt_cache
+        twin._protocol.lane.acquired_before(loans.of(connection))
 
     def _put_back(self) -> None:
         assert self._outside is not None
         for connection in self._held():
             connection.terminate()
         for connection, protocol, statements in self._redirected:
-            lane = lane_of(connection)
-            if lane is not None:
-                if lane.in_transaction:
-                    connection._top_xact = None
-                lane.abandon()
+            if _is_busy(connection):
+                connection._top_xact = None
+                connection._protocol.abort()
+                del self._twins[connection]
             if connection._protocol is not None:
                 connection._protocol, connection._stmt_cache = protocol, statements
         self._redirected.clear()

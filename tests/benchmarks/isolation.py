@@ -1,0 +1,250 @@
+"""What a sandboxed test costs, beside the same by hand and beside other fixtures."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import asyncpg
+import redis.asyncio as redis
+from anyio.from_thread import start_blocking_portal
+
+from lifekit import Registry, embedded
+from lifekit.testing import sandboxing
+
+from .measure import Row, interleave, on, paired_ratio
+
+ROOT = Path(__file__).parents[2]
+QUERY = "SELECT body FROM notes WHERE id = $1"
+
+
+async def seconds(times: int, act: Callable[[], Awaitable[object]]) -> float:
+    """Return the seconds of one *act* of so many."""
+    began = perf_counter()
+    for _ in range(times):
+        await act()
+    return (perf_counter() - began) / times
+
+
+def sandbox(*, rounds: int = 100, times: int = 20) -> list[Row]:
+    """Compare a block around one query, and a statement inside, with the bare driver."""
+
+    async def measured() -> list[Row]:
+        registry = Registry("notes")
+        async with embedded.postgres() as server:
+
+            @registry.resource
+            def db() -> asyncpg.Pool[Any]:
+                return asyncpg.create_pool(server.url, min_size=1)
+
+            with sandboxing():
+                async with registry.lifespan() as lifespan, asyncpg.create_pool(server.url) as bare:
+                    pool = lifespan[db]
+                    await pool.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+                    # Held open on both sides: what acquiring costs is the pool's own.
+                    async with bare.acquire() as floor, pool.acquire() as ours:
+
+                        async def by_hand() -> None:
+                            await floor.execute("BEGIN")
+                            await floor.fetchval(QUERY, 1)
+                            await floor.execute("ROLLBACK")
+
+                        async def in_a_block() -> None:
+                            async with lifespan.sandbox():
+                                await ours.fetchval(QUERY, 1)
+
+                        tests = await interleave(
+                            rounds,
+                            partial(seconds, times, by_hand),
+                            partial(seconds, times, in_a_block),
+                        )
+                        async with lifespan.sandbox(), floor.transaction(), ours.transaction():
+                            statements = await interleave(
+                                rounds,
+                                partial(seconds, 5 * times, partial(floor.fetchval, QUERY, 1)),
+                                partial(seconds, 5 * times, partial(ours.fetchval, QUERY, 1)),
+                            )
+        rows = [
+            ("a sandboxed test of one query: BEGIN, query, ROLLBACK", tests, 1.3),
+            ("a statement in the sandbox: on the bare driver", statements, 1.15),
+        ]
+        return [
+            Row(f"{what} (asyncpg)", min(floor), min(ours), paired_ratio(floor, ours), "us", most=most)
+            for what, (floor, ours), most in rows
+        ]
+
+    return on("asyncio", measured)
+
+
+def redis_isolation(*, rounds: int = 100, times: int = 20) -> list[Row]:
+    """Compare a block around one command with the command and a FLUSHDB."""
+
+    async def measured() -> list[Row]:
+        registry = Registry("notes")
+        async with embedded.valkey() as server:
+
+            @registry.resource
+            def cache() -> redis.Redis:
+                return redis.from_url(server.url)
+
+            by_itself = redis.from_url(f"{server.url.rpartition('/')[0]}/9")
+            with sandboxing():
+                async with registry.lifespan() as lifespan:
+                    client = lifespan[cache]
+
+                    async def by_hand() -> None:
+                        await by_itself.set("key", "value")
+                        await by_itself.flushdb()
+
+                    async def in_a_block() -> None:
+                        async with lifespan.sandbox():
+                            await client.set("key", "value")
+
+                    floor, ours = await interleave(
+                        rounds, partial(seconds, times, by_hand), partial(seconds, times, in_a_block)
+                    )
+            await by_itself.aclose()
+        what = "a sandboxed test of one Redis command: command, FLUSHDB"
+        return [Row(what, min(floor), min(ours), paired_ratio(floor, ours), "us", most=1.5)]
+
+    return on("asyncio", measured)
+
+
+# -- whole suites --------------------------------------------------------------------------------
+
+BODY = """
+import pytest
+
+@pytest.mark.parametrize("number", range({tests}))
+async def test_a_link(client, number):
+    made = await client.post("/links", json={{"url": "https://example.org/"}})
+    answer = await client.get("/" + made.json()["slug"])
+    assert answer.status_code == 307
+"""
+BY_HAND = """
+import contextlib, httpx2, pytest_asyncio
+from shortener.main import app
+from shortener import resources
+
+@contextlib.asynccontextmanager
+async def opened():
+    async with app.router.lifespan_context(app) as state:
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client, state["db"]
+"""
+FUNCTION_SCOPED = """
+@pytest_asyncio.fixture
+async def client():
+    async with opened() as (client, _):
+        yield client
+"""
+SESSION_SCOPED = """
+@pytest_asyncio.fixture(scope="session")
+async def started():
+    async with opened() as both:
+        yield both
+
+@pytest_asyncio.fixture
+async def rolled_back(started):
+    _, pool = started
+    async with pool.acquire() as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            yield connection
+        finally:
+            await transaction.rollback()
+
+@pytest_asyncio.fixture
+async def client(started, rolled_back):
+    return started[0]
+"""
+INI = """
+[pytest]
+asyncio_mode = auto
+asyncio_default_test_loop_scope = {scope}
+asyncio_default_fixture_loop_scope = {scope}
+lifekit_app = shortener.main:app
+"""
+TIMING = """
+def pytest_configure(config):
+    config.tests_took = 0.0
+
+def pytest_runtest_logreport(report):
+    global took
+    took += report.duration
+
+took = 0.0
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"tests took {took:.6f} s")
+"""
+
+
+def suite_seconds(
+    urls: dict[str, str], conftest: str, *options: str, tests: int, scope: str = "session"
+) -> float:
+    """Run so many tests of the example under pytest, and return what they took themselves."""
+    with TemporaryDirectory(prefix="lifekit-suite-") as folder:
+        where = Path(folder)
+        (where / "test_links.py").write_text(BODY.format(tests=tests))
+        (where / "conftest.py").write_text(conftest + TIMING)
+        (where / "pytest.ini").write_text(INI.format(scope=scope))
+        path = os.pathsep.join([str(ROOT / "docs" / "examples"), str(ROOT)])
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:valkey", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *options],
+            cwd=where,
+            env={**os.environ, **urls, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+    found = re.search(r"tests took ([\d.]+) s", done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert found is not None
+    return float(found[1])
+
+
+def suites(*, rounds: int = 3, tests: int = 200) -> list[Row]:
+    """Compare the example's tests with the plugin, and with fixtures written by hand."""
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(embedded.postgres()) as postgres,
+        portal.wrap_async_context_manager(embedded.valkey()) as valkey,
+    ):
+        urls = {"DATABASE_URL": postgres.url, "REDIS_URL": valkey.url}
+        run = partial(suite_seconds, urls, tests=tests)
+        each = [
+            (
+                run(""),
+                run(BY_HAND + SESSION_SCOPED),
+                run(BY_HAND + FUNCTION_SCOPED, scope="function") if number == 0 else 0.0,
+                run("", "-n", "2"),
+            )
+            for number in range(rounds)
+        ]
+    ours, session, function, two = zip(*each, strict=True)
+    fastest, slowest = min(ours), max(function)
+    return [
+        Row(
+            f"{tests} tests: function-scoped fixtures", slowest, fastest, fastest / slowest, "ms", 0.05
+        ),
+        Row(
+            f"{tests} tests: session-scoped, one connection rolled back",
+            min(session),
+            fastest,
+            paired_ratio(session, ours),
+            "ms",
+            most=1.0,
+        ),
+        Row(f"{tests} tests with -n 2: in one process", fastest, min(two), min(two) / fastest, "ms"),
+    ]
