@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 
@@ -68,18 +68,45 @@ async def sit_out(done: anyio.Event) -> BaseException | None:
     return interrupt
 
 
-async def finish(coroutine: Coroutine[Any, Any, None], name: str) -> None:
-    """Run *coroutine*, which must not raise, to its end; deliver a cancellation only then."""
-    done = anyio.Event()
+class Outcome(NamedTuple):
+    """How a coroutine ended, and what its caller must deliver afterwards."""
 
-    async def run() -> None:
-        try:
-            await coroutine
-        finally:
-            done.set()
+    error: BaseException | None
+    in_time: bool
+    interrupt: BaseException | None
 
-    task = spawn(run(), name, done.set)
-    interrupt = await sit_out(done)
-    del task
-    if interrupt is not None:
-        raise interrupt
+
+async def undisturbed(coroutine: Coroutine[Any, Any, object], seconds: float) -> Outcome:
+    """Run *coroutine* to its end through every cancellation of the caller, or cancel it at its time."""
+    loop = asyncio._get_running_loop()
+    if loop is None:
+        error: BaseException | None = None
+        with anyio.move_on_after(seconds, shield=True) as scope:
+            try:
+                await coroutine
+            except Exception as raised:
+                error = raised
+        return Outcome(error, not scope.cancelled_caught, None)
+    task = loop.create_task(coroutine)
+    alarm = loop.call_later(seconds, task.cancel)
+    interrupt: BaseException | None = None
+    try:
+        await _end_of(task)
+    except GeneratorExit:
+        raise
+    except BaseException as raised:
+        interrupt = raised
+        over = anyio.Event()
+        task.add_done_callback(lambda _: over.set())
+        interrupt = await sit_out(over) or interrupt
+    alarm.cancel()
+    if task.cancelled():
+        return Outcome(None, False, interrupt)
+    return Outcome(task.exception(), True, interrupt)
+
+
+def _end_of(task: asyncio.Task[Any]) -> asyncio.Future[None]:
+    # Not the task itself, which would be cancelled with who waits for it.
+    ended = task.get_loop().create_future()
+    task.add_done_callback(lambda _: None if ended.done() else ended.set_result(None))
+    return ended

@@ -54,6 +54,7 @@ class Lifespan(Mapping[str, Any]):
         self.patches: tuple[Lifespan, ...] = ()
         self._root = root or self
         self._sandboxing: Sandboxing | None = None
+        self._sandboxes: list[tuple[str, Sandbox]] | None = None
         self._own: dict[Resource[Any], Any] = {}  # the engine's; served from `values` unless overridden
         self._overrides: Overrides = {}
         self._base = self._plan = plan
@@ -251,7 +252,9 @@ class Lifespan(Mapping[str, Any]):
 
     def sandboxes(self) -> list[tuple[str, Sandbox]]:
         """Return the names and sandboxes of the values that it opened, what others need first."""
-        return self._engine.sandboxes() if self._engine is not None else []
+        if self._sandboxes is None and self._engine is not None:
+            self._sandboxes = self._engine.sandboxes()
+        return self._sandboxes or []
 
     @overload
     def override(self, resource: Resource[T], value: T) -> Patch: ...

@@ -6,10 +6,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import anyio
-
-from . import events
-from ._backend import finish
+from ._backend import undisturbed
 from ._errors import SandboxBusyError, SandboxError, SandboxEscapedError, summary
 from ._redact import redact_error
 from ._stack import Site
@@ -49,7 +46,7 @@ class Block:
         self.location = location
         self.over = False
         self.commons: dict[object, object] = {}  # what several values of one block may share
-        self._lifespan = lifespan
+        self.lifespan = lifespan
         self._begun: list[tuple[str, Sandbox]] = []
         self._outer: Block | None = None
 
@@ -60,7 +57,7 @@ class Block:
             SandboxError: The lifespan was not opened for it.
             SandboxBusyError: It is in another block.
         """
-        lifespan = self._lifespan
+        lifespan = self.lifespan
         if not lifespan.sandboxed:
             raise SandboxError(
                 f"the lifespan made at {lifespan.location} did not open its values sandboxed. Open it "
@@ -120,27 +117,27 @@ class Block:
                 raise
             error.add_note(f"lifekit: and its sandbox ended with {summary(failure)}\n{failure}")
         finally:
-            self._lifespan.block = None
+            self.lifespan.block = None
 
     async def _end(self, begun: list[tuple[str, Sandbox]]) -> None:
+        seconds = self.lifespan.registry.close_timeout
         failures: list[Exception] = []
-        await finish(self._end_each(begun, failures), "lifekit sandbox")
+        interrupt: BaseException | None = None
+        for name, sandbox in reversed(begun):
+            outcome = await undisturbed(sandbox.end(), seconds)
+            interrupt = interrupt or outcome.interrupt
+            if not outcome.in_time:
+                sandbox.terminate()
+                why = f"{name}: undoing took longer than {seconds:.3g} s, so that it was cut off"
+                failures.append(SandboxEscapedError(why))
+            elif isinstance(outcome.error, Exception):
+                redact_error(outcome.error)
+                failures.append(outcome.error)
+            else:
+                interrupt = interrupt or outcome.error
+        if interrupt is not None:
+            raise interrupt
         if len(failures) == 1:
             raise failures[0]
         if failures:
             raise ExceptionGroup(f"the sandbox at {self.location} ended with failures", failures)
-
-    async def _end_each(self, begun: list[tuple[str, Sandbox]], failures: list[Exception]) -> None:
-        seconds = self._lifespan.registry.close_timeout
-        for name, sandbox in reversed(begun):
-            try:
-                with anyio.move_on_after(seconds) as scope:
-                    await sandbox.end()
-                if scope.cancelled_caught:
-                    sandbox.terminate()
-                    why = f"{name}: undoing took longer than {seconds:.3g} s, so that it was cut off"
-                    failures.append(SandboxEscapedError(why))
-            except Exception as error:
-                redact_error(error)
-                failures.append(error)
-                events.logger.debug(f"the sandbox of {name} ended with {summary(error)}")

@@ -13,7 +13,7 @@ from lifekit._backend import running_loop
 from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
-from . import Driver
+from . import Driver, Sandbox
 
 Client = Redis | RedisCluster
 
@@ -80,6 +80,12 @@ class RedisDriver(Driver[Client]):
     def describe(self, value: Client) -> str:
         """Return where it connects to."""
         return redact(_description(value))
+
+    def sandbox(self, value: Client) -> Sandbox | None:
+        """Let the client, inside a block, work in a database that it leases."""
+        from lifekit.sandbox.redis import sandbox
+
+        return sandbox(value, self.describe(value))
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or a cluster is forming."""

@@ -182,6 +182,7 @@ def _ended() -> InvalidRequestError:
 
 
 def use_of(value: AsyncEngine) -> Use:
+    """Return how an engine is used."""
     return _uses.setdefault(root(value.sync_engine), Use())
 
 

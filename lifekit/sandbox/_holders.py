@@ -77,17 +77,17 @@ async def lets_go(is_free: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def escaped_strays(what: str, lanes: Iterable[Holder]) -> SandboxEscapedError:
-    """Return the error for what was not given back when the block ended."""
+def escaped_strays(lanes: Iterable[Holder], use: str) -> SandboxEscapedError:
+    """Return the error for connections that were out when a block ended; *use* gives one back."""
     lines = [
-        f"  a {what}{' in a transaction' if lane.in_transaction else ''} acquired at {lane.holder()}"
+        f"  a connection{' in a transaction' if lane.in_transaction else ''} acquired at {lane.holder()}"
         for lane in lanes
     ]
     return SandboxEscapedError(
         "when the sandbox ended, this had not been given back:\n"
         + "\n".join(lines)
         + "\nIts code outlived the test. Let the test wait for it, or the application where it starts "
-        "it; and give it back whatever happens: async with pool.acquire() as connection. It was closed."
+        f"it; and give it back whatever happens: {use}. It was closed."
     )
 
 

@@ -81,7 +81,8 @@ class Lane(Holder):
         self.active = False
         self.shared.rests(self)
 
-    async def _regain(self) -> None:
+    async def regain(self) -> None:
+        """Have the connection again, if the transaction lent it."""
         # Each statement of a READ COMMITTED transaction sees what others have committed before it.
         if self.in_transaction and not self.holding:
             await self.shared.turn(self)
@@ -152,7 +153,7 @@ class Lane(Holder):
         if script.schema:
             shared.schema_changed()
         if self.in_transaction:
-            await self._regain()
+            await self.regain()
             self.used = self.active = True
             self.wrote = self.wrote or not script.reads
             shared.acts += 1
@@ -227,7 +228,7 @@ class Lane(Holder):
     async def prepare(self, send: Callable[[], Awaitable[T]]) -> T:
         """Have a statement parsed: it may fail as if it ran, and does nothing."""
         if self.in_transaction:
-            await self._regain()
+            await self.regain()
             self.active = True
             try:
                 return await send()
@@ -397,7 +398,7 @@ class Lane(Holder):
     async def _set_transaction(self, statement: Statement) -> str:
         if not self.in_transaction:
             return "SET"  # with a warning that it does nothing
-        await self._regain()
+        await self.regain()
         self.wrote = True
         if statement.isolation not in (None, self._isolation):
             if self.used:
@@ -410,7 +411,11 @@ class Lane(Holder):
                 "in the sandbox a transaction becomes READ ONLY before its first statement, not after: "
                 "only a rollback takes that back. Begin it so: BEGIN READ ONLY."
             )
-        if statement.read_only is not None:
+        if statement.read_only is False and self.read_only and not self.used:
+            self.read_only = False  # only a rollback takes READ ONLY back, and there is nothing to lose
+            await self.shared.clean_savepoint()
+            self.shared.savepoint = Savepoint.UNDONE
+        elif statement.read_only is not None:
             try:
                 mode = "ONLY" if statement.read_only else "WRITE"
                 await self.shared.control(f"SET TRANSACTION READ {mode}")

@@ -269,7 +269,7 @@ class PoolSandbox(Sandbox):
         if self._strays():
             await lets_go(lambda: not self._strays())
         strays = self._strays()
-        told = escaped_strays("connection", strays) if strays else None
+        told = escaped_strays(strays, "async with pool.acquire() as connection") if strays else None
         self._put_back()
         if self._used is self._own:
             try:

@@ -67,7 +67,13 @@ class EngineSandbox(Sandbox):
         if self._strays():
             await lets_go(lambda: not self._strays())
         strays = self._strays()
-        told = escaped_strays("connection", strays) if strays else None
+        told = (
+            escaped_strays(
+                strays, "async with engine.connect() as connection, or AsyncSession(engine) as session"
+            )
+            if strays
+            else None
+        )
         self._inside = self._engine.pool  # another one, if the application disposed of it
         self._take_out()
         try:

@@ -1,0 +1,245 @@
+"""What lifekit knows about psycopg's pools, from `pool_async.py` of psycopg_pool 3.2 and 3.3."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import AsyncConnectionPool, PoolClosed
+from psycopg_pool.pool_async import StopWorker
+
+from lifekit._backend import running_loop
+from lifekit._errors import DeclarationError
+from lifekit._redact import redact
+
+from . import Driver, Sandbox
+from ._loans import Loans
+
+if TYPE_CHECKING:
+    Pool = AsyncConnectionPool[Any]
+else:
+    Pool = AsyncConnectionPool
+
+loans = Loans("psycopg_pool")
+# Of a connection that was never made psycopg gives no SQLSTATE, only libpq's text.
+_TRANSIENT = re.compile(
+    r"connection (refused|reset)|timeout expired|timed out|EOF detected"
+    r"|server closed the connection unexpectedly|temporary failure in name resolution"
+    r"|(failed|server): no such file or directory"
+    r"|the database system is (starting|shutting|in recovery|not (yet )?accepting)"
+    r"|too many (clients|connections)|connection slots are reserved"
+    r"|terminating connection due to administrator command",
+    re.IGNORECASE,
+)
+# These win: one text tells of every host, and quotes names that may say anything.
+_PERMANENT = re.compile(r"authentication|password|does not exist|not permitted|certificate", re.I)
+_MEND = (
+    "Return AsyncConnectionPool(..., open=False) from the factory, so that each lifespan gets its own."
+)
+_FOR_EVER = 10.0**9
+"""Seconds: the lifespan's own deadline is the one that ends an opening."""
+
+
+@functools.cache
+def _noting(kind: Any) -> Any:
+    """Return the class that an open pool of *kind* gets, so that it notes who has its connections."""
+
+    # Of that one base: beside another the layout would differ from that of some of the pools.
+    base = Pool if TYPE_CHECKING else kind
+
+    class Noting(base):  # type: ignore[misc,valid-type]
+        _out: set[Any]
+        _returned: asyncio.Event
+        _failed: asyncio.Future[Any] | None
+
+        __slots__ = ()
+
+        async def getconn(self, timeout: float | None = None) -> Any:  # noqa: ASYNC109
+            loan = loans.here()
+            connection = await super().getconn(timeout)
+            loans.note(connection, loan)
+            self._out.add(connection)
+            return connection
+
+        async def putconn(self, conn: Any) -> None:
+            try:
+                await super().putconn(conn)
+            finally:
+                self._out.discard(conn)
+                self._returned.set()
+
+        async def _connect(self, timeout: float | None = None) -> Any:  # noqa: ASYNC109
+            try:
+                return await super()._connect(timeout)
+            except Exception as error:
+                # The pool logs it and tries again, for as long as its opening may last.
+                if self._failed is not None and not self._failed.done():
+                    self._failed.set_result(error)
+                raise
+
+    return called_like(kind, Noting)
+
+
+def called_like(kind: Any, derived: Any) -> Any:
+    """Give *derived* the names of *kind*, for which it is to pass."""
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(derived, name, getattr(kind, name))
+    return derived
+
+
+class PsycopgDriver(Driver[Pool]):
+    """Pools of psycopg 3, as `AsyncConnectionPool(..., open=False)` makes them."""
+
+    async def open(self, value: Pool) -> Pool:
+        """Open a pool that is this lifespan's own, and watch it."""
+        pool: Any = value
+        if _loop(pool) not in (None, running_loop()):
+            raise DeclarationError(f"this psycopg pool belongs to another event loop. {_MEND}")
+        if value.closed and pool._opened:
+            raise DeclarationError(f"this psycopg pool is closed already. {_MEND}")
+        self.watch(value)
+        pool._failed = failed = asyncio.get_running_loop().create_future()
+        await value.__aenter__()  # open() would warn where the constructor was to open it
+        full = asyncio.create_task(value.wait(timeout=_FOR_EVER))
+        try:
+            await asyncio.wait({full, failed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            pool._failed = None
+            full.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(full, return_exceptions=True)
+        if failed.done():
+            await self.terminate(value)
+            raise failed.result()
+        return value
+
+    def watch(self, value: Pool) -> None:
+        """Let the pool note who acquires its connections."""
+        pool: Any = value
+        if not hasattr(pool, "_out"):
+            pool._out, pool._returned, pool._failed = set(), asyncio.Event(), None
+            pool._watched_in = running_loop()
+            with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
+                pool.__class__ = _noting(pool.__class__)
+
+    async def check(self, value: Pool) -> None:
+        """Run one `SELECT 1`."""
+        async with value.connection() as connection:
+            await connection.execute("SELECT 1")
+
+    async def close(self, value: Pool) -> None:
+        """Hand out no more connections, and close the idle ones."""
+        tasks = _tasks(value)
+        try:
+            await value.close()
+        finally:
+            _cancel(tasks)  # those that did not stop: the pool gives up on them
+
+    async def wait_closed(self, value: Pool) -> None:
+        """Wait for every connection that is out."""
+        pool: Any = value
+        while _out(pool):
+            pool._returned.clear()
+            await pool._returned.wait()
+
+    async def terminate(self, value: Pool) -> None:
+        """Cut every connection off, idle or out, and end the tasks that the pool runs."""
+        pool: Any = value
+        if getattr(pool, "_watched_in", None) is not running_loop():
+            return  # `open` refused it: it is another's, or dead
+        tasks = _cut(pool)
+        while pool._waiting:
+            await pool._waiting.popleft().fail(PoolClosed(f"the pool {pool.name!r} is closed"))
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def describe(self, value: Pool) -> str:
+        """Return its sizes and its server."""
+        return redact(f"psycopg pool of {value.min_size} to {value.max_size}, {_server(value)}")
+
+    def holders(self, value: Pool) -> Sequence[str]:
+        """Return where each connection that is out was acquired."""
+        return loans.lines(_out(value))
+
+    def sandbox(self, value: Pool) -> Sandbox:
+        """Let the pool's connections, inside a block, share one that is never committed."""
+        from lifekit.sandbox.psycopg import sandbox
+
+        return sandbox(value)
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether the server is starting, stopping or full, or hung up on us."""
+        if not isinstance(error, psycopg.OperationalError) or _PERMANENT.search(str(error)):
+            return False
+        return _TRANSIENT.search(str(error)) is not None
+
+    def salvage(self, error: BaseException) -> None:
+        """Cut off a pool whose opening failed inside a factory: its tasks would go on."""
+        waits = Pool.wait.__code__
+        for frame, _ in walk_tb(error.__traceback__):
+            if frame.f_code is waits:
+                _cut(frame.f_locals["self"])
+
+
+def _loop(pool: Any) -> object | None:
+    """Return the loop that an open pool belongs to."""
+    tasks = _tasks(pool)
+    return tasks[0].get_loop() if tasks else None
+
+
+def _tasks(pool: Any) -> list[asyncio.Task[None]]:
+    return [task for task in (pool._sched_runner, *pool._workers) if task is not None]
+
+
+def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+
+
+def _out(pool: Any) -> list[Any]:
+    return [each for each in getattr(pool, "_out", ()) if not each.closed]
+
+
+def _cut(pool: Any) -> list[asyncio.Task[None]]:
+    """Close all that the pool has; return its tasks, which end soon."""
+    pool._closed = True
+    tasks = _tasks(pool)
+    pool._sched_runner, pool._workers = None, []
+    for _ in tasks:
+        # A worker that is cancelled in the midst of something takes the next thing from the queue.
+        pool.run_task(StopWorker(pool))
+    _cancel(tasks)
+    for connection in [*pool._pool, *_out(pool)]:
+        connection.pgconn.finish()
+    pool._pool.clear()
+    if hasattr(pool, "_out"):
+        pool._out.clear()
+        pool._returned.set()
+    return tasks
+
+
+def _server(pool: Any) -> str:
+    """Return where a pool connects to: its conninfo, and the arguments that win over it."""
+    conninfo: Any = pool.conninfo
+    arguments: Any = pool.kwargs or {}
+    if callable(conninfo) or callable(arguments):
+        return "the server that a function names"
+    names = ("user", "password", "host", "port", "dbname")
+    try:
+        given = conninfo_to_dict(conninfo, **{key: arguments[key] for key in names if key in arguments})
+    except psycopg.ProgrammingError:
+        return "a malformed conninfo"
+    user, host, port, database = (given.get(name) or "" for name in ("user", "host", "port", "dbname"))
+    if not (host or user or database):
+        return "the server that PGHOST names"
+    login = f"{user}{':***' if given.get('password') else ''}@" if user else ""
+    return f"postgresql://{login}{host}{':' if port else ''}{port}/{database}"
+
+
+driver: PsycopgDriver = PsycopgDriver()

@@ -1,0 +1,300 @@
+"""What a Redis command reaches: refused where that is more than one database, renamed where it can be.
+
+Channels belong to a whole server; inside a block they have a prefix on their way out, which is taken
+off on the way in. Scripts are sent with a few words before them that do both to what they call.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from lifekit._errors import SandboxUnsupportedError
+
+_INSTEAD = (
+    "Do it before the sandbox begins, or run this test without one: "
+    '@pytest.mark.lifekit(isolation="none").'
+)
+_REACH = "it reaches beyond the one database that this test has"
+_SERVER = "it is about the server, where it would outlast the test and touch others"
+_SEES = "it shows what every client of the server does"
+
+_WAYS_OUT: Mapping[str, str] = {
+    "FLUSHALL": "FLUSHDB empties the database that this test has.",
+    "SELECT": "Make a client for each database, with its `db`, as a resource of its own.",
+    "RESET": "Give the connection back: it puts the server's side of it in order.",
+}
+_BEYOND = frozenset({"FLUSHALL", "MIGRATE", "MOVE", "RESET", "SELECT", "SWAPDB"})
+_OF_SERVER = frozenset(
+    {"BGREWRITEAOF", "BGSAVE", "DEBUG", "FAILOVER", "PFDEBUG", "PSYNC", "REPLCONF", "REPLICAOF"}
+    | {"SAVE", "SENTINEL", "SHUTDOWN", "SLAVEOF", "SYNC"}
+)
+# Of what else has subcommands, these read, or concern one connection alone.
+_HARMLESS: Mapping[str, frozenset[str]] = {
+    name: frozenset(harmless.split()) | {"HELP"}
+    for name, harmless in {
+        "ACL": "CAT DRYRUN GENPASS GETUSER LIST USERS WHOAMI",
+        "CLIENT": "CACHING CAPA GETNAME GETREDIR ID INFO LIST NO-EVICT NO-TOUCH SETINFO SETNAME "
+        "TRACKING TRACKINGINFO UNBLOCK",
+        "CLUSTER": "COUNTKEYSINSLOT GETKEYSINSLOT INFO KEYSLOT MYID NODES SHARDS SLOTS",
+        "COMMANDLOG": "GET LEN",
+        "CONFIG": "GET",
+        "FUNCTION": "DUMP LIST STATS",
+        "LATENCY": "DOCTOR GRAPH HISTOGRAM HISTORY LATEST",
+        "MEMORY": "DOCTOR MALLOC-STATS PURGE STATS USAGE",
+        "MODULE": "LIST",
+        "SCRIPT": "EXISTS LOAD SHOW",
+        "SLOWLOG": "GET LEN",
+    }.items()
+}
+# What stays with a connection that is given back, of which nobody else may see anything.
+_LASTING = frozenset({"ASKING", "AUTH", "HELLO", "READONLY", "READWRITE"})
+_LASTING_OF_CLIENT = frozenset(
+    {"CACHING", "CAPA", "NO-EVICT", "NO-TOUCH", "SETINFO", "SETNAME", "TRACKING"}
+)
+
+SUBSCRIBING = frozenset({"PSUBSCRIBE", "SSUBSCRIBE", "SUBSCRIBE"})
+UNSUBSCRIBING = frozenset({"PUNSUBSCRIBE", "SUNSUBSCRIBE", "UNSUBSCRIBE"})
+_RUNNING: Mapping[str, str] = {
+    "EVAL": "EVAL",
+    "EVAL_RO": "EVAL_RO",
+    "EVALSHA": "EVAL",
+    "EVALSHA_RO": "EVAL_RO",
+}
+_SPECIAL = frozenset(
+    {"COPY", "MONITOR", "PUBLISH", "PUBSUB", "SPUBLISH", "SCRIPT"}
+    | _BEYOND
+    | _OF_SERVER
+    | set(_HARMLESS)
+    | SUBSCRIBING
+    | UNSUBSCRIBING
+    | set(_RUNNING)
+)
+# Of what waits, where the time limit stands.
+_WAITING: Mapping[str, int] = {
+    **dict.fromkeys(("BLMOVE", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZPOPMAX", "BZPOPMIN"), -1),
+    **dict.fromkeys(("BLMPOP", "BZMPOP"), 0),
+}
+_IN_TRANSACTION: Mapping[str, bool] = {
+    "DISCARD": False,
+    "EXEC": False,
+    "MULTI": True,
+    "UNWATCH": False,
+    "WATCH": True,
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def words(first: str | bytes) -> tuple[str, ...]:
+    """Return the words, in capitals, of a command's first argument: it may be ``CONFIG GET``."""
+    text = first if isinstance(first, str) else first.decode("latin-1")
+    return tuple(text.upper().split())
+
+
+def split(args: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+    """Return a command's name, and what follows, each an argument of its own."""
+    found = words(args[0]) if isinstance(args[0], str | bytes) else (str(args[0]),)
+    if not found:
+        return "", tuple(args)
+    return found[0], (*found[1:], *args[1:])
+
+
+def is_special(name: str) -> bool:
+    """Return whether a command must be looked at: most need not."""
+    return name in _SPECIAL
+
+
+def lasts(name: str, rest: Sequence[Any]) -> bool:
+    """Return whether a command leaves something on its connection."""
+    return name in _LASTING or (name == "CLIENT" and _word(rest) in _LASTING_OF_CLIENT)
+
+
+def in_transaction(name: str) -> bool | None:
+    """Return whether a connection is in a transaction after a command; None where it says nothing."""
+    return _IN_TRANSACTION.get(name)
+
+
+def waits(name: str, rest: Sequence[Any]) -> bool:
+    """Return whether a command waits at the server, for a limited time."""
+    if name in {"XREAD", "XREADGROUP"}:
+        told = [_text(each) for each in rest]
+        limit: Any = rest[told.index("BLOCK") + 1] if "BLOCK" in told[:-1] else 0
+    else:
+        limit = rest[_WAITING[name]] if name in _WAITING and rest else 0
+    return _text(limit) not in {"0", "0.0"} if isinstance(limit, str | bytes) else bool(limit)
+
+
+def refuse(name: str, rest: Sequence[Any]) -> None:
+    """Raise `SandboxUnsupportedError` for a command that would outlive or leave the database."""
+    told, why = name, None
+    if name in _BEYOND or (name == "COPY" and any(_text(each) == "DB" for each in rest[2:])):
+        told, why = ("COPY … DB" if name == "COPY" else name), _REACH
+    elif name in _OF_SERVER:
+        why = _SERVER
+    elif name == "MONITOR":
+        why = _SEES
+    elif name in _HARMLESS and _word(rest) not in _HARMLESS[name]:
+        told, why = f"{name} {_word(rest)}", _SERVER
+    if why is not None:
+        raise refusal(told, why)
+
+
+def refusal(name: str, why: str = _REACH) -> SandboxUnsupportedError:
+    """Return the error for a command that is refused."""
+    return SandboxUnsupportedError(
+        f"{name} is refused in the sandbox: {why}. {_WAYS_OUT.get(name, _INSTEAD)}"
+    )
+
+
+class Channels:
+    """The names of channels and patterns, as the application has them and as the server does.
+
+    Keyspace notifications (``__keyspace@0__:key``) have the leased number in the place of the
+    application's own.
+    """
+
+    def __init__(self, own: int, leased: int) -> None:
+        self.prefix = b"lifekit-%d:" % leased
+        self._own, self._leased = b"%d" % own, b"%d" % leased
+        self._patterns: dict[bytes, bytes] = {}
+
+    def out(self, name: bytes) -> bytes:
+        """Return what the server shall know the channel or pattern *name* as."""
+        found = _KEYSPACE.match(name)
+        if found is None or found[2] not in {None, b"*", self._own}:
+            return self.prefix + name
+        sent = b"__key%b@%b__:%b" % (found[1], self._leased, name[found.end() :])
+        self._patterns[sent] = name
+        return sent
+
+    def back(self, name: Any) -> Any:
+        """Return what the application calls what the server knows as *name*, bytes or str."""
+        if isinstance(name, str):
+            return self.back(name.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
+        if not isinstance(name, bytes):
+            return name
+        if name.startswith(self.prefix):
+            return name[len(self.prefix) :]
+        if name in self._patterns:
+            return self._patterns[name]
+        found = _KEYSPACE.match(name)
+        if found is None or found[2] != self._leased:
+            return name
+        return b"__key%b@%b__:%b" % (found[1], self._own, name[found.end() :])
+
+    def owns(self, name: Any) -> bool:
+        """Return whether *name*, as the server knows it, is one of this lease's."""
+        raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+        return isinstance(raw, bytes) and (raw.startswith(self.prefix) or self.back(raw) != raw)
+
+    def reply(self, reply: Any) -> Any:
+        """Return a reply, or a message, with the names that the application knows."""
+        if isinstance(reply, list):
+            items = cast(Any, reply)
+            if items and _text(items[0]) in _MESSAGES:  # the last is what was published
+                return [items[0], *map(self.back, items[1:-1]), items[-1]]
+            return [self.reply(each) for each in items]
+        if isinstance(reply, dict):
+            pairs = cast(Any, reply)
+            return {self.back(key): self.reply(value) for key, value in pairs.items()}
+        return self.back(reply)
+
+
+def rename(name: str, rest: tuple[Any, ...], channels: Channels, encode: Any) -> tuple[Any, ...]:
+    """Return a command's arguments with the channels as the server shall know them."""
+    if name in SUBSCRIBING or name in UNSUBSCRIBING:
+        return tuple(channels.out(bytes(encode(each))) for each in rest)
+    if not rest:
+        return rest
+    if name in {"PUBLISH", "SPUBLISH"}:
+        return channels.prefix + bytes(encode(rest[0])), *rest[1:]
+    if name == "PUBSUB":
+        first, ask = rest[0], _word(rest)
+        if ask in {"CHANNELS", "SHARDCHANNELS"}:
+            pattern = bytes(encode(rest[1])) if len(rest) > 1 else b"*"
+            return first, channels.prefix + pattern
+        if ask in {"NUMSUB", "SHARDNUMSUB"}:
+            return first, *(channels.out(bytes(encode(each))) for each in rest[1:])
+    return rest
+
+
+def script(
+    name: str, rest: tuple[Any, ...], scripts: Mapping[str, bytes], channels: Channels, encode: Any
+) -> tuple[str, tuple[Any, ...]]:
+    """Return the EVAL by which a script is run, guarded; one that is not known is left unknown."""
+    if name not in _RUNNING or not rest:
+        return name, rest
+    text = bytes(encode(rest[0]))
+    if name.startswith("EVALSHA"):
+        known = scripts.get(text.decode("latin-1").lower())
+        if known is None:  # the server may have it, and would run it unguarded
+            return name, (b"0" * 40, *rest[1:])
+        text = known
+    return _RUNNING[name], (_guarded(text, channels.prefix), *rest[1:])
+
+
+def script_text(name: str, rest: Sequence[Any], encode: Any) -> bytes | None:
+    """Return the script that a command makes known to the server, if any."""
+    if name in {"EVAL", "EVAL_RO"} and rest:
+        return bytes(encode(rest[0]))
+    if name == "SCRIPT" and len(rest) > 1 and _word(rest) == "LOAD":
+        return bytes(encode(rest[1]))
+    return None
+
+
+def refused_in_script(error: Exception) -> SandboxUnsupportedError | None:
+    """Return the error for what a guarded script was refused, if that is what the server tells."""
+    found = _REFUSED.search(str(error))
+    return refusal(found[1]) if found else None
+
+
+_MESSAGES = frozenset(
+    f"{kind}{what}".upper()
+    for kind in ("", "p", "s")
+    for what in ("message", "subscribe", "unsubscribe")
+)
+_KEYSPACE = re.compile(rb"__key(space|event|\*)(?:@(\d+|\*))?__:")
+_REFUSED = re.compile(r"lifekit refuses ([A-Z]+)")
+_GUARD = (
+    "local redis, server = (function(real) "
+    "local refused = {FLUSHALL=1, MIGRATE=1, MOVE=1, PUBSUB=1, SELECT=1, SWAPDB=1} "
+    "local function guard(name, ...) "
+    "if type(name) ~= 'string' then return name, ... end "
+    "local upper, first = string.upper(name), ... "
+    "local refuse = refused[upper] "
+    "if upper == 'COPY' then for _, each in ipairs({...}) do "
+    "if _ > 2 and string.upper(tostring(each)) == 'DB' then refuse = 1 end end end "
+    "if refuse then error('lifekit refuses ' .. upper, 0) end "
+    "if (upper == 'PUBLISH' or upper == 'SPUBLISH') and first then "
+    "return name, '%s' .. first, select(2, ...) end "
+    "return name, ... end "
+    "local guarded = setmetatable({call = function(...) return real.call(guard(...)) end, "
+    "pcall = function(...) return real.pcall(guard(...)) end}, {__index = real}) "
+    "return guarded, guarded end)(redis) "
+)
+
+
+def _guarded(text: bytes, prefix: bytes) -> bytes:
+    # On the line of the script's first, so that the lines in its errors are right.
+    head, newline, body = text.partition(b"\n") if text.startswith(b"#!") else (b"", b"", text)
+    return head + newline + (_GUARD % prefix.decode()).encode() + body
+
+
+def _word(rest: Sequence[Any]) -> str:
+    return _text(rest[0]) if rest else ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("latin-1").upper()
+    return value.upper() if isinstance(value, str) else ""
+
+
+def lines_of(clients: bytes | str) -> Iterable[dict[str, str]]:
+    """Yield the fields of each client that ``CLIENT LIST`` names."""
+    text = clients.decode("utf-8", "replace") if isinstance(clients, bytes) else clients
+    for line in text.splitlines():
+        pairs = (field.partition("=") for field in line.split(" "))
+        yield {name: value for name, _, value in pairs}

@@ -1,0 +1,264 @@
+"""What each connection of a sandboxed client passes, of those inside and of those outside.
+
+Every command is packed by its connection, be it of a pipeline, a lock, a script or a PubSub, and every
+reply is read by it: that is where this stands.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any, Protocol, cast
+
+from redis import exceptions
+
+from lifekit._errors import SandboxEscapedError
+from lifekit.drivers._loans import Loans
+
+from . import _redis_commands as commands
+from ._redis_lease import Lease
+
+loans = Loans("redis")
+_scripts: dict[str, bytes] = {}
+"""Scripts that went through a gate, by their digest."""
+_HIDDEN: Any = object()
+
+
+class Side(Protocol):
+    """The sandbox, as its gates see it."""
+
+    active: bool
+    lease: Lease | None
+
+
+class Gate:
+    """What passes through one connection."""
+
+    def __init__(self, sandbox: Side) -> None:
+        self.sandbox = sandbox
+        self.inside = False
+        self.is_over = False
+        self.connecting = False
+        self.is_guest = False
+        """Whether who uses it is no part of a test: a worker that was started before."""
+        self.waits = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget what the server forgets when a connection ends."""
+        self.client_id: str | None = None
+        """The server's own number of the connection, where it was asked."""
+        self.owed = 0
+        """Replies to commands that were sent, and have not been read."""
+        self.is_joined = False
+        self.heard: dict[str, set[bytes]] = {}
+        self._lasting = self._in_transaction = self._names = False
+        self._ended = 0
+
+    def is_worn(self) -> bool:
+        """Return whether another test could see who used the connection before."""
+        return bool(self.owed or self._lasting or self._in_transaction)
+
+    def pack(self, connection: Any, args: tuple[Any, ...], pack: Any) -> Any:
+        """Pack a command as it shall be sent."""
+        name, rest = commands.split(args)
+        encode = connection.encoder.encode
+        self.waits = commands.waits(name, rest)
+        text = commands.script_text(name, rest, encode)
+        if text is not None:
+            _scripts[hashlib.sha1(text, usedforsecurity=False).hexdigest()] = text
+        if not self.inside:
+            return self._pack_outside(connection, name, rest, args, pack)
+        lease = self.sandbox.lease
+        assert lease is not None
+        lease.touched = True
+        if self.is_over:
+            if name in _CLEANING_UP:
+                raise exceptions.ConnectionError("this connection is closed")
+            raise _too_late()
+        if (state := commands.in_transaction(name)) is not None:
+            self._in_transaction = state
+        elif commands.lasts(name, rest):
+            commands.refuse(name, rest)
+            self._lasting = True
+        elif commands.is_special(name):
+            commands.refuse(name, rest)
+            rest = commands.rename(name, rest, lease.channels, encode)
+            name, rest = commands.script(name, rest, _scripts, lease.channels, encode)
+            args = (name, *rest)
+        if name in commands.SUBSCRIBING or name in commands.UNSUBSCRIBING:
+            self._names = self._lasting = True
+        else:
+            self._names |= name == "PUBSUB"
+            self.owed += 1
+        return pack(*args)
+
+    def received(self, reply: Any) -> Any:
+        """Return a reply as the application shall see it; `_HIDDEN` where it shall not."""
+        lease = self.sandbox.lease
+        if self.inside:
+            self.owed -= 1
+            return lease.channels.reply(reply) if self._names and lease is not None else reply
+        if lease is None or not self.is_joined or not isinstance(reply, list):
+            return reply
+        message = cast(Any, reply)
+        kind = message[0].decode() if isinstance(message[0], bytes) else message[0]
+        if kind in _CONFIRMATIONS:
+            return _HIDDEN if lease.channels.owns(message[1]) else message
+        if kind not in _PUBLISHED:
+            return message
+        if not lease.channels.owns(message[-2]):
+            return _HIDDEN if self.sandbox.active else message
+        name = message[-2].encode() if isinstance(message[-2], str) else message[-2]
+        if name == lease.channels.prefix:  # what `Lease.undo` publishes
+            self._ended += 1
+            return _HIDDEN
+        late = self._ended < lease.ended or not self.sandbox.active
+        return _HIDDEN if late else lease.channels.reply(message)
+
+    def may_join(self, connection: Any) -> bool:
+        """Return whether the connection is subscribed outside, and does not hear the lease yet."""
+        return not self.is_joined and any(self.heard.values()) and connection.is_connected
+
+    def join(self, connection: Any, lease: Lease) -> None:
+        """Subscribe, beside the channels that are subscribed, to those of the lease."""
+        self._note_joined(lease)
+        pack = cast(Any, super(SandboxedConnection, connection)).pack_command
+        for name, channels in self.heard.items():
+            if channels:
+                sent = pack(name, *map(lease.channels.out, sorted(channels)))
+                connection._writer.writelines(sent)
+        connection._writer.writelines(pack("SUBSCRIBE", lease.channels.prefix))
+
+    def left(self) -> None:
+        """Take note that the connection ends."""
+        lease = self.sandbox.lease
+        if lease is not None:
+            lease.dirty |= self.inside and self.owed > 0
+        self.renew()
+
+    def _note_joined(self, lease: Lease) -> None:
+        self.is_joined = True
+        self._ended = lease.ended
+        lease.is_heard = True
+
+    def _pack_outside(
+        self, connection: Any, name: str, rest: tuple[Any, ...], args: tuple[Any, ...], pack: Any
+    ) -> Any:
+        lease = self.sandbox.lease
+        subscribing, unsubscribing = name in commands.SUBSCRIBING, name in commands.UNSUBSCRIBING
+        if not subscribing and not unsubscribing:
+            if self.sandbox.active and name not in _CLEANING_UP:
+                [site] = loans.lines([connection])
+                raise SandboxEscapedError(
+                    f"{name} is sent on a connection that was acquired before the sandbox began, at "
+                    f"{site}, and what it does would last. Acquire one when it is needed, for as long "
+                    "as it is: a client does so by itself for each command, pipeline and lock."
+                )
+            return pack(*args)
+        encode = connection.encoder.encode
+        channels = {bytes(encode(each)) for each in rest}
+        heard = self.heard.setdefault(name if subscribing else name.replace("UNS", "S"), set())
+        if subscribing:
+            heard |= channels
+        else:
+            heard -= channels or set(heard)
+        if lease is None:
+            return pack(*args)
+        if not self.is_joined and not subscribing:
+            return pack(*args)
+        more = [lease.channels.out(bytes(encode(each))) for each in rest]
+        sent = [*pack(name, *rest, *more)]
+        if not self.is_joined:
+            self._note_joined(lease)
+            sent += pack("SUBSCRIBE", lease.channels.prefix)
+        elif name == "UNSUBSCRIBE" and not rest:
+            sent += pack("SUBSCRIBE", lease.channels.prefix)
+        return sent
+
+
+_PUBLISHED = frozenset({"message", "pmessage", "smessage"})
+_CONFIRMATIONS = frozenset(name.lower() for name in (*commands.SUBSCRIBING, *commands.UNSUBSCRIBING))
+_CLEANING_UP = frozenset({"DISCARD", "PING", "QUIT", "UNWATCH"})
+
+
+def _too_late() -> SandboxEscapedError:
+    return SandboxEscapedError(
+        "this connection was acquired inside a sandbox that has ended, and was closed then. Its code "
+        "outlived the test. Let the test wait for it, or the application where it starts it."
+    )
+
+
+class SandboxedConnection:
+    """What the class of a connection is mixed with, so that everything passes the gate."""
+
+    __slots__ = ()  # the layout must not change
+    _gate: Gate
+
+    def pack_command(self, *args: Any) -> Any:
+        """Pack a command as the gate lets it pass."""
+        pack = cast(Any, super()).pack_command
+        return pack(*args) if self._gate.connecting else self._gate.pack(self, args, pack)
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        """Return the next reply that the application shall see."""
+        gate, read = self._gate, cast(Any, super()).read_response
+        if gate.connecting:
+            return await read(*args, **options)
+        while True:
+            try:
+                reply = await read(*args, **options)
+            except exceptions.ResponseError as error:
+                gate.owed -= gate.inside
+                if gate.inside and (refused := commands.refused_in_script(error)) is not None:
+                    raise refused from None
+                raise
+            if (reply := gate.received(reply)) is not _HIDDEN:
+                return reply
+
+    async def on_connect(self) -> None:
+        """Greet the server, which no gate stands before."""
+        await self._greet("on_connect")
+
+    async def on_connect_check_health(self, *args: Any, **options: Any) -> None:
+        """Do so, in newer versions of redis-py."""
+        await self._greet("on_connect_check_health", *args, **options)
+
+    async def _greet(self, method: str, *args: Any, **options: Any) -> None:
+        gate = self._gate
+        gate.renew()
+        outer, gate.connecting = gate.connecting, True
+        try:
+            await getattr(super(), method)(*args, **options)
+        finally:
+            gate.connecting = outer
+
+    async def connect(self) -> None:
+        """Connect, unless the block is over."""
+        if self._gate.is_over:
+            raise _too_late()
+        await cast(Any, super()).connect()
+
+    async def connect_check_health(self, *args: Any, **options: Any) -> None:
+        """Do so, in newer versions of redis-py."""
+        if self._gate.is_over:
+            raise _too_late()
+        await cast(Any, super()).connect_check_health(*args, **options)
+
+    async def disconnect(self, *args: Any, **options: Any) -> None:
+        """Disconnect."""
+        self._gate.left()
+        await cast(Any, super()).disconnect(*args, **options)
+
+
+def guard(connection: Any, sandbox: Side) -> None:
+    """Let all that is sent on a connection pass the gate of a sandbox."""
+    if not isinstance(connection, SandboxedConnection):
+        connection.__class__ = mixed(SandboxedConnection, connection.__class__)
+    cast(Any, connection)._gate = Gate(sandbox)
+
+
+@functools.cache
+def mixed(mixin: Any, kind: Any) -> Any:
+    """Return the class of a connection or a pool, mixed with what belongs to its sandbox."""
+    return type(kind.__name__, (mixin, kind), {"__slots__": (), "__doc__": kind.__doc__})
