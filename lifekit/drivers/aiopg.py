@@ -15,10 +15,10 @@ from lifekit._backend import running_loop
 from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
-from . import Driver
-from ._loans import Loans, Site, mix_in
+from . import Driver, Sandbox
+from ._loans import Loan, Loans, mix_in
 
-_loans = Loans("aiopg")
+loans = Loans("aiopg")
 # Of a connection that was never made psycopg2 gives no SQLSTATE, only libpq's text.
 _TRANSIENT = re.compile(
     r"connection (refused|reset)|timeout expired|timed out|EOF detected"
@@ -39,11 +39,11 @@ class _Noting(Pool):
 
     def _acquire(self) -> Any:
         # Called where acquire() is, even if wait_for() then awaits it in a task of its own.
-        return self._noted(_loans.here())
+        return self._noted(loans.here())
 
-    async def _noted(self, site: Site) -> Connection:
+    async def _noted(self, loan: Loan) -> Connection:
         connection = await super()._acquire()
-        _loans.note(connection, site)
+        loans.note(connection, loan)
         return connection
 
     async def _fill_free_pool(self, override_min: bool) -> None:
@@ -110,7 +110,13 @@ class AiopgDriver(Driver[Pool]):
     def holders(self, value: Pool) -> Sequence[str]:
         """Return where each connection that is out was acquired."""
         pool: Any = value
-        return _loans.lines(pool._used)
+        return loans.lines(pool._used)
+
+    def sandbox(self, value: Pool) -> Sandbox:
+        """Let the pool's connections, inside a block, share one that is never committed."""
+        from lifekit.sandbox.aiopg import sandbox
+
+        return sandbox(value)
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or hung up on us."""

@@ -80,7 +80,7 @@ async def lets_go(is_free: Callable[[], bool]) -> None:
 def escaped_strays(lanes: Iterable[Holder], use: str) -> SandboxEscapedError:
     """Return the error for connections that were out when a block ended; *use* gives one back."""
     lines = [
-        f"  a connection{' in a transaction' if lane.in_transaction else ''} acquired at {lane.holder()}"
+        f"  a connection{' in a transaction' * lane.in_transaction} acquired at {lane.holder()}"
         for lane in lanes
     ]
     return SandboxEscapedError(

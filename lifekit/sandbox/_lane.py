@@ -67,7 +67,8 @@ class Lane(Holder):
         script = read(text)
         if self.holding and script.simple:
             self.used = self.active = True
-            self.wrote = self.wrote or not script.reads
+            if not script.reads:
+                self.keeps_hold()
             self.shared.acts += 1
             return True
         return False
@@ -75,6 +76,10 @@ class Lane(Holder):
     def lends(self) -> bool:
         """Return whether its transaction needs nothing of the connection until its next statement."""
         return self.holding and not (self.wrote or self.active or self.doubtful)
+
+    def keeps_hold(self) -> None:
+        """Note that its transaction may have written, and lends nothing until it ends."""
+        self.wrote = self.shared.wrote = True
 
     def rests(self) -> None:
         """Note that no statement is under way."""
@@ -148,6 +153,7 @@ class Lane(Holder):
 
     async def _plain(self, script: Script, send: Callable[[], Awaitable[T]]) -> T:
         shared = self.shared
+        shared.wrote = shared.wrote or not script.reads
         if script.session:
             self._touch_session(script)
         if script.schema:

@@ -311,7 +311,8 @@ class LaneConnection(AsyncConnection[Any]):
             raise SandboxUnsupportedError(_CONTROL_WITHIN)
         if script.schema:
             self.shared.schema_changed()
-        self.lane.used = self.lane.wrote = True  # what comes in several messages lends nothing
+        self.lane.used = True
+        self.lane.keeps_hold()  # what comes in several messages lends nothing
         self.shared.acts += 1
 
     @asynccontextmanager
@@ -321,7 +322,7 @@ class LaneConnection(AsyncConnection[Any]):
             yield
             return
         await self.lane.begin()
-        self.lane.wrote = True
+        self.lane.keeps_hold()
         try:
             yield
         except BaseException:

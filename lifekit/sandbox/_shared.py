@@ -101,6 +101,7 @@ class Shared:
         self.savepoint = Savepoint.NONE
         self.deferrable: bool | None = None  # None where it has to be asked
         self.dirty = False
+        self.wrote = False  # or may have, since the block began
         self.acts = 0
         self._guard = f"lifekit_guard_{secrets.token_hex(4)}"
         self._lock = asyncio.Lock()
@@ -136,12 +137,10 @@ class Shared:
         if not begun or self.wire.lost():
             return
         # What a rollback leaves: locks of the session, what sequences gave, prepared statements.
-        rest = [
-            "SELECT pg_advisory_unlock_all()",
-            "DISCARD SEQUENCES",
-            *(f"DEALLOCATE {name}" for name in self._names),
-        ]
+        rest = ["SELECT pg_advisory_unlock_all()", "DISCARD SEQUENCES"] if self.wrote else []
+        rest += [f"DEALLOCATE {name}" for name in self._names]
         self._names.clear()
+        self.wrote = False
         try:
             await self.wire.control("; ".join([f"ROLLBACK TO {self._guard}", "ROLLBACK", *rest]))
         except Exception as error:

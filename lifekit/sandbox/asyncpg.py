@@ -151,7 +151,8 @@ class _LaneProtocol:
 
     async def bind(self, *args: Any) -> Any:
         """Open a cursor."""
-        self.lane.has_cursors = self.lane.wrote = True  # it does not outlive the savepoint
+        self.lane.has_cursors = True
+        self.lane.keeps_hold()  # it does not outlive the savepoint
         return await self._bind(*args)
 
     _close_statement = _aside("close_statement")
@@ -266,9 +267,10 @@ class PoolSandbox(Sandbox):
         if not self.active:
             return
         assert self._used is not None
-        if self._strays():
-            await lets_go(lambda: not self._strays())
         strays = self._strays()
+        if strays:
+            await lets_go(lambda: not self._strays())
+            strays = self._strays()
         told = escaped_strays(strays, "async with pool.acquire() as connection") if strays else None
         self._put_back()
         if self._used is self._own:
