@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
-from contextvars import copy_context
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context, copy_context
 from typing import Any, NamedTuple
 
 import anyio
@@ -91,22 +91,45 @@ async def undisturbed(coroutine: Coroutine[Any, Any, object], seconds: float) ->
     alarm = loop.call_later(seconds, task.cancel)
     interrupt: BaseException | None = None
     try:
-        await _end_of(task)
-    except GeneratorExit:
-        raise
-    except BaseException as raised:
-        interrupt = raised
-        over = anyio.Event()
-        task.add_done_callback(lambda _: over.set())
-        interrupt = await sit_out(over) or interrupt
+        await Kept(task)
+    except asyncio.CancelledError as raised:
+        interrupt = raised if not task.cancelled() else None
+    except Exception:
+        pass  # the task's own
     alarm.cancel()
     if task.cancelled():
         return Outcome(None, False, interrupt)
     return Outcome(task.exception(), True, interrupt)
 
 
-def _end_of(task: asyncio.Task[Any]) -> asyncio.Future[None]:
-    # Not the task itself, which would be cancelled with who waits for it.
-    ended = task.get_loop().create_future()
-    task.add_done_callback(lambda _: None if ended.done() else ended.set_result(None))
-    return ended
+class Kept:
+    """A future of asyncio's that is not cancelled along with the task that waits for it.
+
+    The task gets its cancellation when the future is done: it asks what it waits for, by the protocol
+    that `asyncio.isfuture` goes by, to cancel itself, and hears that this can't be.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_future")
+
+    def __init__(self, future: asyncio.Future[Any]) -> None:
+        self._future = future
+        self._asyncio_future_blocking = False
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the future's loop."""
+        return self._future.get_loop()
+
+    def add_done_callback(
+        self, call: Callable[[Any], object], *, context: Context | None = None
+    ) -> None:
+        """Wake the task that waits."""
+        self._future.add_done_callback(call, context=context)
+
+    def cancel(self, msg: object = None) -> bool:
+        """Refuse."""
+        return False
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if not self._future.done():
+            self._asyncio_future_blocking = True
+            yield self

@@ -84,7 +84,8 @@ class Lane(Holder):
     def rests(self) -> None:
         """Note that no statement is under way."""
         self.active = False
-        self.shared.rests(self)
+        if self.shared.waiting:
+            self.shared.rests(self)
 
     async def regain(self) -> None:
         """Have the connection again, if the transaction lent it."""

@@ -106,7 +106,7 @@ class Shared:
         self._guard = f"lifekit_guard_{secrets.token_hex(4)}"
         self._lock = asyncio.Lock()
         self._holder: Lane | None = None
-        self._waiting = 0
+        self.waiting = 0
         self._escape: BaseException | None = None
         self._names: set[str] = set()
         self._beginning: Uncut[None] | None = None
@@ -129,10 +129,11 @@ class Shared:
             await self._end()
 
     async def _end(self) -> None:
-        escape, self._escape = self._escape, None
         if self._beginning is not None:
+            beginning, self._beginning = self._beginning, None
             with suppress(Exception):  # a connection that is lost
-                await self.clean_savepoint()
+                await beginning
+        escape, self._escape = self._escape, None
         begun, self.savepoint = self.savepoint is not Savepoint.NONE, Savepoint.NONE
         if not begun or self.wire.lost():
             return
@@ -182,11 +183,11 @@ class Shared:
             self._holder.holding = False
             self.savepoint = Savepoint.CLEAN
         elif self._lock.locked():
-            self._waiting += 1
+            self.waiting += 1
             try:
                 await self._wait(lane)
             finally:
-                self._waiting -= 1
+                self.waiting -= 1
         else:
             await self._lock.acquire()
         if lane.closed:
@@ -203,7 +204,7 @@ class Shared:
 
     def rests(self, lane: Lane) -> None:
         """Let others have the connection, if they wait and the lane's transaction lends it."""
-        if self._waiting and lane.lends():
+        if lane.lends():
             lane.holding = False
             self.savepoint = Savepoint.CLEAN
             self.leave(lane)
@@ -226,12 +227,14 @@ class Shared:
 
     async def clean_savepoint(self) -> None:
         """Set the savepoint anew, so that what follows can be undone alone."""
+        if self._beginning is not None:
+            beginning, self._beginning = self._beginning, None
+            await beginning
         match self.savepoint:
             case Savepoint.CLEAN:
                 return
             case Savepoint.NONE:
-                beginning, self._beginning = self._beginning, None
-                await (beginning or Uncut(self._begin()))
+                await Uncut(self._begin())
                 return
             case Savepoint.KEPT:
                 sql = f"RELEASE SAVEPOINT {_SAVEPOINT}; SAVEPOINT {_SAVEPOINT}"

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
+from lifekit._backend import Kept
+
 T = TypeVar("T")
 
 
@@ -38,25 +40,21 @@ class Uncut(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         cancelled: asyncio.CancelledError | None = None
         while not self._done:
+            waits_for = self._waits_for
             try:
-                if self._waits_for is None:
+                if waits_for is None:
                     yield
-                elif not self._waits_for.done():
-                    # Not itself, which a cancellation of this task would cancel.
-                    yield from _done(self._waits_for).__await__()
+                else:
+                    yield from Kept(waits_for).__await__()
             except asyncio.CancelledError as error:
-                cancelled = error
-            else:
-                self._step()
+                if waits_for is None or not waits_for.cancelled():
+                    cancelled = error
+            except Exception:
+                pass  # what it waits for has failed, as the coroutine will find
+            self._step()
         failure, self._error = self._error, None
         if cancelled is not None:
             raise cancelled
         if failure is not None:
             raise failure
         return self._result
-
-
-def _done(future: asyncio.Future[Any]) -> asyncio.Future[None]:
-    done = future.get_loop().create_future()
-    future.add_done_callback(lambda _: None if done.done() else done.set_result(None))
-    return done

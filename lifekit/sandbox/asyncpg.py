@@ -136,6 +136,9 @@ class _LaneProtocol:
         self._real = real._protocol
         self._config = real._config
         self.is_busy = False
+        # What each statement asks for, sooner than by __getattr__.
+        self._get_timeout = self._real._get_timeout
+        self.get_record_class = self._real.get_record_class
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
