@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -14,18 +15,23 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import asyncpg
 import pytest
 from shortener.resources import registry as shortener
 
 import lifekit
-from lifekit import LifekitError, Registry, asgi, events
+from lifekit import LifekitError, Registry, asgi, embedded, events, testing
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 SOURCES = {
     path.name: path.read_text("utf-8")
-    for path in (*(DOCS / "examples" / "shortener").glob("*.py"), ROOT / "tests/test_example.py")
+    for path in (
+        *(DOCS / "examples" / "shortener").glob("*.py"),
+        *(DOCS / "examples" / "tests").glob("*.py"),
+        ROOT / "tests/test_example.py",
+    )
 }
 BLOCK = re.compile(r"^```(?P<language>\w+)(?P<header>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 QUOTED = re.compile(r'title="([\w.]+)"|^# (\w+\.py)')
@@ -227,6 +233,90 @@ async def _checks_in_vain() -> None:
         pass
 
 
+async def _overrides_too_late() -> None:
+    registry = Registry()
+    handle = registry.resource(pool)
+    override = registry.override(handle, 2)
+    async with registry.lifespan():
+        override.__enter__()
+
+
+def _overrides_with_another_type() -> None:
+    registry = Registry()
+    registry.override(registry.resource(pool), "2")  # type: ignore[call-overload] # pyright: ignore
+
+
+def _overrides_elsewhere() -> None:
+    Registry().override(_handle(), 2)
+
+
+async def _sandboxes_what_was_not_prepared() -> None:
+    async with _declared(pool).lifespan() as lifespan, lifespan.sandbox():
+        pass
+
+
+async def _leaves_a_task_behind() -> None:
+    async with _sandboxed() as (db, lifespan), lifespan.sandbox():
+        await db.acquire()
+
+
+async def _works_after_its_test() -> None:
+    go = asyncio.Event()
+
+    async def late(db: Any) -> None:
+        await go.wait()
+        await db.execute("SELECT 1")
+
+    async with _sandboxed() as (db, lifespan):
+        async with lifespan.sandbox():
+            task = asyncio.create_task(late(db))
+            await asyncio.sleep(0)
+        go.set()
+        await task
+
+
+async def _goes_round_the_sandbox() -> None:
+    async with _sandboxed() as (db, lifespan), lifespan.sandbox(), db.acquire() as connection:
+        await connection.execute("SELECT 1")
+        await connection._con._protocol._real.query("COMMIT", 1)
+        await connection.execute("SELECT 1")
+
+
+async def _asks_for_a_second_connection() -> None:
+    async with _sandboxed() as (db, lifespan), lifespan.sandbox(), db.acquire() as connection:
+        await connection.execute("BEGIN; CREATE TABLE a ()")
+        await db.execute("SELECT 1")
+
+
+async def _wants_one_more_than_there_are() -> None:
+    async with _sandboxed() as (db, lifespan), lifespan.sandbox():
+        for _ in range(3):
+            await db.acquire()
+
+
+async def _listens() -> None:
+    async with _sandboxed() as (db, lifespan), lifespan.sandbox():
+        await db.execute("LISTEN news")
+
+
+@asynccontextmanager
+async def _sandboxed() -> AsyncGenerator[tuple[Any, lifekit.Lifespan]]:
+    registry = Registry()
+
+    @registry.resource
+    def db() -> asyncpg.Pool:
+        return asyncpg.create_pool(os.environ["TEST_DOCS_URL"], min_size=0, max_size=2)
+
+    with testing.sandboxing():
+        async with registry.lifespan() as lifespan:
+            yield lifespan[db], lifespan
+
+
+@pytest.fixture(autouse=True)
+def _database(postgres: embedded.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_DOCS_URL", postgres.url)
+
+
 def pool() -> int:
     return 1
 
@@ -267,6 +357,16 @@ MISTAKES: list[Callable[[], Any]] = [
     _fails_to_stop,
     _takes_too_long,
     _ignores_its_cancellation,
+    _overrides_too_late,
+    _overrides_with_another_type,
+    _overrides_elsewhere,
+    _sandboxes_what_was_not_prepared,
+    _leaves_a_task_behind,
+    _works_after_its_test,
+    _goes_round_the_sandbox,
+    _asks_for_a_second_connection,
+    _wants_one_more_than_there_are,
+    _listens,
     _runs_twice,
     _checks_in_vain,
 ]
@@ -326,7 +426,8 @@ def test_every_public_name_has_its_place_in_the_reference(site: Path) -> None:
     public = {f"lifekit.{name}" for name in lifekit.__all__}
     public |= {f"lifekit.events.{event.__name__}" for event in get_args(events.Event)}
     public |= {"lifekit.events.Event", "lifekit.asgi.combine", "lifekit.drivers.register"}
-    public |= {"lifekit.embedded.postgres", "lifekit.embedded.valkey"}
+    public |= {"lifekit.embedded.postgres", "lifekit.embedded.valkey", "lifekit.drivers.Sandbox"}
+    public |= {f"lifekit.testing.{name}" for name in testing.__all__}
     assert public <= listed, sorted(public - listed)
 
 
