@@ -1,0 +1,151 @@
+"""The pytest plugin: clients of the application as fixtures, and each test in a sandbox.
+
+It imports what it needs when the first test asks for one of its fixtures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from httpx2 import AsyncClient
+    from starlette.testclient import TestClient
+
+    from lifekit._lifespan import Lifespan
+    from lifekit._sandbox import Block
+    from lifekit.asgi import ASGIApp
+    from lifekit.testing._pytest import Account, Place, Run
+
+_INI = "lifekit_app"
+_ISOLATIONS = ("rollback", "none")
+_MARKER = 'lifekit(isolation="rollback"): undo what the test does to the application\'s resources, or, \
+with isolation="none", let it last.'
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the ini line."""
+    parser.addini(_INI, 'the ASGI application that is tested, such as "shop.main:app"')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker, and read the ini line as far as that needs no import."""
+    config.addinivalue_line("markers", _MARKER)
+    value = str(config.getini(_INI))
+    module, _, attribute = value.removesuffix("()").partition(":")
+    if value and not all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
+        raise pytest.UsageError(
+            f"{_INI} = {value!r}: a module and what the application is called there are expected, such "
+            'as "shop.main:app", or "shop.main:create_app()" for what a function returns'
+        )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Refuse markers that say nothing known, where pytest collects the test."""
+    _check_marker(metafunc.definition)
+
+
+def _check_marker(item: pytest.Item) -> None:
+    for marker in item.iter_markers("lifekit"):
+        isolation = marker.kwargs.get("isolation", "rollback")
+        if marker.args or set(marker.kwargs) - {"isolation"} or isolation not in _ISOLATIONS:
+            known = " or ".join(f'@pytest.mark.lifekit(isolation="{each}")' for each in _ISOLATIONS)
+            said = [*map(repr, marker.args), *(f"{k}={v!r}" for k, v in marker.kwargs.items())]
+            text = f"{item.nodeid}: the marker is {known}, not {', '.join(said)}"
+            pytest.fail(text, pytrace=False)
+
+
+# -- fixtures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def lifekit_app(pytestconfig: pytest.Config) -> ASGIApp:
+    """The application that `lifekit_app` in the ini file names.
+
+    A session-scoped fixture of the same name in a project's conftest.py takes its place.
+    """
+    from lifekit.testing._pytest import load
+
+    return load(str(pytestconfig.getini(_INI)), pytestconfig)
+
+
+@pytest.fixture
+def _lifekit_place(request: pytest.FixtureRequest) -> Place:
+    """Where the application runs for this test, in the block of this test."""
+    from lifekit.testing import _pytest
+
+    _check_marker(request.node)  # of a test of unittest's, which is collected otherwise
+    if _KEY not in request.config.stash:
+        run = request.config.stash[_KEY] = _pytest.Run()
+        request.config.pluginmanager.register(_pytest.fixtures(run), "lifekit-fixtures")
+    return _pytest.place_of(request)
+
+
+@pytest.fixture
+def client(_lifekit_place: Place) -> AsyncClient:
+    """A client of the application, for an async test; it runs in that test's event loop."""
+    return _lifekit_place.client()
+
+
+@pytest.fixture
+def sync_client(_lifekit_place: Place) -> TestClient:
+    """Starlette's ``TestClient`` of the application, for a sync test; it runs in a thread."""
+    return _lifekit_place.sync_client()
+
+
+@pytest.fixture
+def lifespan(_lifekit_place: Place) -> Lifespan:
+    """The application's running lifespan; in a sync test, the one that `sync_client` talks to."""
+    return _lifekit_place.lifespan()
+
+
+@pytest.fixture
+def sandbox(_lifekit_place: Place) -> Block:
+    """The block at whose end everything is undone that the test did to the lifespan's values."""
+    return _lifekit_place.sandbox()
+
+
+# -- the end of the run ------------------------------------------------------------------------
+
+_KEY: pytest.StashKey[Run] = pytest.StashKey()
+_WORKERS: pytest.StashKey[list[Account]] = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
+    """Tell the process that pytest-xdist reports from what this worker has to say."""
+    done = yield  # until the fixtures are gone
+    run = session.config.stash.get(_KEY, None)
+    if run is not None:
+        output = getattr(session.config, "workeroutput", None)
+        if output is None:
+            _said(session.config).append(run.account())
+        else:
+            output["lifekit"] = run.account()
+    return done
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Hear what a worker of pytest-xdist has to say."""
+    told = getattr(node, "workeroutput", {}).get("lifekit")
+    if told is not None:
+        _said(node.config).append(told)
+
+
+def _said(config: pytest.Config) -> list[Account]:
+    return config.stash.setdefault(_WORKERS, [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what would make the run faster, and what is open still."""
+    accounts = _said(config)
+    if accounts:
+        from lifekit.testing._pytest import summary
+
+        for number, line in enumerate(summary(accounts)):
+            if not number:
+                terminalreporter.section("lifekit")
+            terminalreporter.line(line)

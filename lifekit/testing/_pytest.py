@@ -1,0 +1,420 @@
+"""Where the application runs for a test: what the pytest plugin imports when a test needs it.
+
+A test's application runs in that test's own event loop. That loop is the async plugin's, so there are
+fixtures for each plugin and each scope that its loops may have, and `kind_for` picks. The application
+is open for as long as that loop: both have one scope.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import sys
+import unittest
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from functools import partial
+from time import perf_counter
+from types import CodeType, ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
+
+import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from lifekit._backend import running_loop
+from lifekit._errors import LifekitError, SandboxError
+from lifekit._lifespan import Lifespan
+from lifekit._sandbox import Block
+from lifekit._stack import Site
+from lifekit.asgi import ASGIApp
+
+from ._app import Running, running
+from ._client import client_of, sandbox_in, sync_client_of
+
+if TYPE_CHECKING:
+    from httpx2 import AsyncClient
+    from starlette.testclient import TestClient
+
+SCOPES = ("function", "class", "module", "package", "session")
+WORTH_SAYING = 0.1
+"""Seconds for which the application has to have been opened more than once."""
+
+
+def load(value: str, config: pytest.Config) -> ASGIApp:
+    """Return the application that the ini line's *value* names.
+
+    Raises:
+        UsageError: There is no such thing; what came of the import is its cause.
+    """
+    if not value:
+        raise pytest.UsageError(
+            "which application is to be tested? Write it into the ini file:\n"
+            '    lifekit_app = "shop.main:app"\n'
+            "or let a session-scoped fixture of conftest.py that is called lifekit_app return it."
+        )
+    name, _, path = value.removesuffix("()").partition(":")
+    root = str(config.rootpath)
+    if root not in sys.path:
+        sys.path.append(root)
+    try:
+        found: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise _wrong(value, f"importing {name} raised {error!r}") from error
+        hint = 'Does it need a line like pythonpath = ["src"]?'
+        why = f"there is no module {error.name}, neither in {root} nor elsewhere on sys.path. {hint}"
+        raise _wrong(value, why) from error
+    except Exception as error:
+        raise _wrong(value, f"importing {name} raised {error!r}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise _wrong(value, f"{found!r} has no attribute {part!r}")
+        found = getattr(found, part)
+    app: Any = found() if value.endswith("()") else found
+    if not callable(app):
+        raise _wrong(value, f"an ASGI application is expected, not {app!r}")
+    return cast(ASGIApp, app)
+
+
+def _wrong(value: str, why: str) -> pytest.UsageError:
+    return pytest.UsageError(f'lifekit_app = "{value}": {why}')
+
+
+def kind_for(item: Any) -> str:
+    """Return which kind of fixture runs the application in the event loop of a test."""
+    function: Any = getattr(item, "obj", None)
+    function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
+    if not inspect.iscoroutinefunction(function):
+        return "sync"
+    if isinstance(getattr(item, "cls", None), type) and issubclass(item.cls, unittest.TestCase):
+        _fail(
+            "unittest runs this test in an event loop of its own, which no fixture reaches. Write, in "
+            "asyncSetUp:\n    self.client = await self.enterAsyncContext("
+            "lifekit.testing.client(app, sandbox=True))"
+        )
+    marker = item.get_closest_marker("asyncio")
+    pytest_asyncio = sys.modules.get("pytest_asyncio.plugin")
+    if marker is not None and item.config.pluginmanager.is_registered(pytest_asyncio):
+        if "anyio_backend" in item.fixturenames:
+            _fail(
+                "both pytest-asyncio and AnyIO's plugin run this test, in different event loops. Leave "
+                "out one marker; with asyncio_mode = auto, which marks every test, set it to strict"
+            )
+        scope = marker.kwargs.get("loop_scope") or marker.kwargs.get("scope")
+        return f"pytest-asyncio_{scope or item.config.getini('asyncio_default_test_loop_scope')}"
+    if "anyio_backend" in item.fixturenames:
+        return f"anyio_{item._fixtureinfo.name2fixturedefs['anyio_backend'][-1].scope}"
+    return _fail(
+        "nothing runs this async test: it wants @pytest.mark.asyncio and pytest-asyncio (with "
+        'asyncio_mode = "auto" in the ini file instead), or @pytest.mark.anyio'
+    )
+
+
+def _fail(text: str) -> NoReturn:
+    raise pytest.fail.Exception(text, pytrace=False) from None
+
+
+class Place:
+    """Where the application runs for one test."""
+
+    def __init__(self, served: Running, portal: BlockingPortal | None = None) -> None:
+        self._served = served
+        self._portal = portal
+        self.clients = ExitStack()
+        self.async_clients = AsyncExitStack()
+
+    def client(self) -> AsyncClient:
+        """Return a client for the test's loop."""
+        if self._portal is not None:
+            _fail("client is for async tests, and this one is an ordinary function: use sync_client")
+        made = client_of(self._served)
+        self.async_clients.push_async_callback(made.aclose)
+        return made
+
+    def sync_client(self) -> TestClient:
+        """Return a client for the test's thread."""
+        if self._portal is None:
+            _fail(
+                "sync_client would block the event loop that this async test runs in: use client, or "
+                "make the test an ordinary function"
+            )
+        return self.clients.enter_context(sync_client_of(self._served, self._portal))
+
+    def lifespan(self) -> Lifespan:
+        """Return the lifespan of lifekit's that the application opened first."""
+        found = self._served.lifespans
+        if not found:
+            raise LifekitError(
+                "the application opened no lifespan of lifekit's while it started: "
+                "FastAPI(lifespan=registry.lifespan) makes it do so"
+            ) from self._served.unsupported
+        return found[0]
+
+    def sandbox(self) -> Block:
+        """Return the block of that lifespan."""
+        block = self.lifespan().block
+        if block is None:
+            _fail('this test is marked isolation="none", which leaves no sandbox to be had')
+        return block
+
+
+@asynccontextmanager
+async def place(run: Run, item: pytest.Item, served: Running) -> AsyncGenerator[Place]:
+    """Give a test its place, in its own event loop; how that ends is told by *run*."""
+    made, ending = Place(served), AsyncExitStack()
+    if _isolated(item):
+        await ending.enter_async_context(served.sandbox())
+        _locate(item, served)
+    ending.push_async_exit(made.async_clients)
+    yield made
+    try:
+        await ending.aclose()
+    except Exception as error:
+        # Raised here, it would keep pytest-asyncio from taking the block out of the main context.
+        run.escaped = error
+
+
+@contextmanager
+def sync_place(item: pytest.Item, served: Running, portal: BlockingPortal) -> Generator[Place]:
+    """Give a test its place, in the event loop of *portal*."""
+    made = Place(served, portal)
+    with _readable(), sandbox_in(portal, served) if _isolated(item) else nullcontext(), made.clients:
+        _locate(item, served)
+        yield made
+
+
+class _TestSite(Site):
+    # Where a sandbox begins, as messages tell it: at the test, not in the plugin that runs the fixture.
+    __slots__ = ()
+
+    def __init__(self, code: CodeType) -> None:
+        self._code, self._line = code, code.co_firstlineno
+
+
+def _locate(item: pytest.Item, served: Running) -> None:
+    function: Any = getattr(item, "obj", None)
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    for lifespan in served.lifespans:
+        if lifespan.block is not None and code is not None:
+            lifespan.block.location = _TestSite(code)
+
+
+@contextmanager
+def _readable() -> Generator[None]:
+    # Where a sandbox begins and ends, the stack shows pytest and lifekit, and nothing of the test.
+    try:
+        yield
+    except SandboxError as error:
+        _fail(f"{type(error).__name__}: {error}")
+
+
+def _isolated(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("lifekit")
+    return marker is None or marker.kwargs.get("isolation") != "none"
+
+
+# -- what a run is told of at its end -------------------------------------------------------------
+
+
+class Account(TypedDict):
+    """What one process has to say; plain data, for pytest-xdist carries it."""
+
+    costs: dict[str, tuple[int, float]]
+    """By kind of loop: how many times the application was opened, and the seconds that took."""
+    left: list[str]
+
+
+class Run:
+    """One run of pytest, in one process."""
+
+    def __init__(self) -> None:
+        self._costs: dict[str, tuple[int, float]] = {}
+        self._failed: dict[object, Exception] = {}
+        self._told: list[tuple[Exception, str]] = []
+        self._left: list[Lifespan] = []
+        self.escaped: Exception | None = None
+
+    @asynccontextmanager
+    async def opened(self, app: ASGIApp, kind: str) -> AsyncGenerator[Running]:
+        """Run the application in this event loop.
+
+        One that did not start in a loop of this type is not tried again: it may have taken long.
+        """
+        loop = running_loop()
+        if type(loop) in self._failed:
+            raise self._failed[type(loop)]
+        service = running(app, sandboxed=True)
+        try:
+            with self._timed(kind, 1):
+                served = await service.__aenter__()
+        except Exception as error:
+            self._failed[type(loop)] = error
+            raise
+        registries = {each.registry for each in served.lifespans}
+        yield served
+        with self._timed(kind, 0):
+            await service.__aexit__(None, None, None)
+        for registry in registries:
+            self._left += registry.running.get(loop, ())
+
+    @contextmanager
+    def told_once(self, test: str) -> Generator[None]:
+        """Let an error through that no test has told of, and the text of any other."""
+        try:
+            yield
+        except Exception as error:
+            first = next((first for told, first in self._told if told is error), None)
+            if first is None:
+                self._told.append((error, test))
+                raise
+            _fail(f"{type(error).__name__}: {error}\n{first} shows where. It was not tried again.")
+
+    @contextmanager
+    def _timed(self, kind: str, times: int) -> Generator[None]:
+        begun = perf_counter()
+        try:
+            yield
+        finally:
+            count, seconds = self._costs.get(kind, (0, 0.0))
+            self._costs[kind] = (count + times, seconds + perf_counter() - begun)
+
+    def account(self) -> Account:
+        """Return what is to be said when all fixtures are gone."""
+        left = [
+            f"the lifespan of {each.registry.name!r} made at {each.location}"
+            for each in self._left
+            if not each._left  # pyright: ignore[reportPrivateUsage]
+        ]
+        return {"costs": self._costs, "left": left}
+
+
+_WAYS_OUT = {
+    "pytest-asyncio": """\
+in pytest's ini file (and no other loop_scope in markers):
+    asyncio_default_test_loop_scope = "session"
+    asyncio_default_fixture_loop_scope = "session\"""",
+    "anyio": """\
+in conftest.py:
+    @pytest.fixture(scope="session")
+    def anyio_backend(): ...""",
+}
+
+
+def summary(accounts: Iterable[Account]) -> Iterator[str]:
+    """Yield the lines in which a run ends."""
+    told = list(accounts)
+    for plugin, way_out in _WAYS_OUT.items():
+        costs = [
+            cost
+            for account in told
+            for kind, cost in account["costs"].items()
+            if kind.startswith(plugin) and not kind.endswith("session") and cost[0] > 1
+        ]
+        times, seconds = sum(count for count, _ in costs), sum(each for _, each in costs)
+        if seconds >= WORTH_SAYING:
+            yield (
+                f"The application was opened {times} times, once for each event loop of {plugin}'s, "
+                f"which took {seconds:.2f} s.\nWith one loop it opens once; {way_out}"
+            )
+    for account in told:
+        yield from (f"Still open when its event loop ended: {each}" for each in account["left"])
+
+
+# -- the fixtures ---------------------------------------------------------------------------------
+
+
+def place_of(request: pytest.FixtureRequest) -> Place:
+    """Return the place that the fixtures of the right kind make for a test."""
+    if asyncio._get_running_loop() is not None:
+        _fail("this fixture can't be made while a test runs: ask for it in the test's parameters")
+    with _readable():
+        made: Place = request.getfixturevalue(f"_lifekit_place_{kind_for(request.node)}")
+    return made
+
+
+def fixtures(run: Run) -> ModuleType:
+    """Return the fixtures of all kinds, as a plugin."""
+    made = ModuleType("lifekit_fixtures")
+
+    def add(name: str, function: Any, scope: Any, make: Any = pytest.fixture, **options: Any) -> None:
+        setattr(made, name, make(scope=scope, name=name, **options)(function))
+
+    add("_lifekit_served", _served(run), "function")
+    add("_lifekit_app_sync", _sync_app(run), "session")
+    add("_lifekit_place_sync", _sync_place, "function")
+    pytest_asyncio: Any = sys.modules.get("pytest_asyncio")
+    for scope in SCOPES:
+        add(f"_lifekit_app_anyio_{scope}", _anyio_app(run, f"anyio_{scope}"), scope)
+        add(f"_lifekit_place_anyio_{scope}", _anyio_place(run), "function")
+        if pytest_asyncio is not None:
+            make, kind = partial(pytest_asyncio.fixture, loop_scope=scope), f"pytest-asyncio_{scope}"
+            add(f"_lifekit_app_{kind}", _asyncio_app(run, kind), scope, make)
+            add(f"_lifekit_place_{kind}", _asyncio_place(run), "function", make)
+    return made
+
+
+def _served(run: Run) -> Any:
+    def served(request: pytest.FixtureRequest) -> Iterator[object]:
+        with run.told_once(request.node.nodeid):
+            app: object = request.getfixturevalue(f"_lifekit_app_{kind_for(request.node)}")
+        yield app
+        escaped, run.escaped = run.escaped, None
+        if escaped is not None:
+            with _readable():
+                raise escaped
+
+    return served
+
+
+def _sync_app(run: Run) -> Any:
+    def app(lifekit_app: ASGIApp) -> Iterator[tuple[Running, BlockingPortal]]:
+        with (
+            start_blocking_portal() as portal,
+            portal.wrap_async_context_manager(run.opened(lifekit_app, "sync")) as served,
+        ):
+            yield served, portal
+
+    return app
+
+
+def _sync_place(request: pytest.FixtureRequest, _lifekit_served: Any) -> Iterator[Place]:
+    served, portal = _lifekit_served
+    with sync_place(request.node, served, portal) as made:
+        yield made
+
+
+def _anyio_app(run: Run, kind: str) -> Any:
+    async def app(lifekit_app: ASGIApp, anyio_backend: object) -> AsyncIterator[Running]:
+        async with run.opened(lifekit_app, kind) as served:
+            yield served
+
+    return app
+
+
+def _asyncio_app(run: Run, kind: str) -> Any:
+    async def app(lifekit_app: ASGIApp) -> AsyncIterator[Running]:
+        async with run.opened(lifekit_app, kind) as served:
+            yield served
+
+    return app
+
+
+def _anyio_place(run: Run) -> Any:
+    async def function(
+        request: pytest.FixtureRequest, _lifekit_served: Running, anyio_backend: object
+    ) -> AsyncIterator[Place]:
+        async with place(run, request.node, _lifekit_served) as made:
+            yield made
+
+    return function
+
+
+def _asyncio_place(run: Run) -> Any:
+    async def function(
+        request: pytest.FixtureRequest, _lifekit_served: Running
+    ) -> AsyncIterator[Place]:
+        async with place(run, request.node, _lifekit_served) as made:
+            yield made
+
+    return function
