@@ -14,11 +14,10 @@ import anyio
 def running_loop() -> object | None:
     """Return what identifies the event loop that runs here, None in a thread that has none."""
     loop = asyncio._get_running_loop()
-    if loop is None and (trio := sys.modules.get("trio")) is not None:
-        try:
-            return trio.lowlevel.current_trio_token()  # type: ignore[no-any-return]
-        except RuntimeError:
-            return None
+    trio = sys.modules.get("trio") if loop is None else None
+    # In code between two steps of a loop that runs as a guest there is a token, and no task.
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return trio.lowlevel.current_trio_token()  # type: ignore[no-any-return]
     return loop
 
 
@@ -60,7 +59,7 @@ async def sit_out(done: anyio.Event) -> BaseException | None:
         try:
             with anyio.CancelScope(shield=True):
                 await done.wait()
-        except GeneratorExit:
+        except (GeneratorExit, Exception):
             raise
         except BaseException as error:
             if interrupt is None or isinstance(interrupt, anyio.get_cancelled_exc_class()):

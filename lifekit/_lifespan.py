@@ -49,7 +49,7 @@ class Lifespan(Mapping[str, Any]):
         self.location = location
         self.live: Mapping[Resource[Any], Any] = {}
         self.loop: object | None = None
-        self.sandboxed = False
+        self.sandboxed: bool = False
         self.block: Block | None = None
         self.patches: tuple[Lifespan, ...] = ()
         self._root = root or self

@@ -44,7 +44,7 @@ class Block:
 
     def __init__(self, lifespan: Lifespan, location: Site) -> None:
         self.location = location
-        self.over = False
+        self.over: bool = False
         self.commons: dict[object, object] = {}  # what several values of one block may share
         self.lifespan = lifespan
         self._begun: list[tuple[str, Sandbox]] = []

@@ -243,7 +243,7 @@ async def _overrides_too_late() -> None:
 
 def _overrides_with_another_type() -> None:
     registry = Registry()
-    registry.override(registry.resource(pool), "2")  # type: ignore[call-overload] # pyright: ignore
+    registry.override(registry.resource(pool), "2")  # pyright: ignore
 
 
 def _overrides_elsewhere() -> None:
@@ -278,7 +278,7 @@ async def _works_after_its_test() -> None:
 async def _goes_round_the_sandbox() -> None:
     async with _sandboxed() as (db, lifespan), lifespan.sandbox(), db.acquire() as connection:
         await connection.execute("SELECT 1")
-        await connection._con._protocol._real.query("COMMIT", 1)
+        await connection._con._protocol.real.query("COMMIT", 1)
         await connection.execute("SELECT 1")
 
 

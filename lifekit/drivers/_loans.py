@@ -21,7 +21,7 @@ class Loan:
     def __init__(self, frame: FrameType, task: str | None) -> None:
         self._code, self._line = frame.f_code, frame.f_lineno
         self._module = frame.f_globals.get("__name__", "")
-        self.task = task
+        self.task: str | None = task
 
     @property
     def line(self) -> str:
@@ -73,4 +73,10 @@ def mix_in(noting: Any, pool: Any) -> None:
 
 @functools.cache
 def _mixed(noting: Any, kind: Any) -> type:
-    return type(kind.__name__, (noting, kind), {"__slots__": (), "__doc__": kind.__doc__})
+    return type(kind.__name__, (noting, kind), {"__slots__": (), **named_like(kind)})
+
+
+def named_like(kind: Any) -> dict[str, str | None]:
+    """Return the attributes by which a class says what it is."""
+    names = ("__doc__", "__module__", "__qualname__")
+    return {name: getattr(kind, name) for name in names}

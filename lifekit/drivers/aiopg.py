@@ -18,7 +18,7 @@ from lifekit._redact import redact
 from . import Driver, Sandbox
 from ._loans import Loan, Loans, mix_in
 
-loans = Loans("aiopg")
+loans: Loans = Loans("aiopg")
 # Of a connection that was never made psycopg2 gives no SQLSTATE, only libpq's text.
 _TRANSIENT = re.compile(
     r"connection (refused|reset)|timeout expired|timed out|EOF detected"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
     Pool = asyncpg.Pool
 
-loans = Loans("asyncpg")
+loans: Loans = Loans("asyncpg")
 _TRANSIENT = (
     exceptions.PostgresConnectionError,
     exceptions.TooManyConnectionsError,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 else:
     Pool = AsyncConnectionPool
 
-loans = Loans("psycopg_pool")
+loans: Loans = Loans("psycopg_pool")
 # Of a connection that was never made psycopg gives no SQLSTATE, only libpq's text.
 _TRANSIENT = re.compile(
     r"connection (refused|reset)|timeout expired|timed out|EOF detected"

@@ -27,7 +27,7 @@ from lifekit._transient import is_transient
 from . import Driver, Sandbox
 from ._loans import Loan, Loans, mix_in
 
-loans = Loans("sqlalchemy")
+loans: Loans = Loans("sqlalchemy")
 _INSIDE = {"contextlib", "lifekit", "sqlalchemy"}
 _MEND = "Return create_async_engine(...) from the factory, so that each lifespan gets its own."
 

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 from lifekit._errors import SandboxBusyError, SandboxEscapedError
@@ -17,7 +17,7 @@ from lifekit.drivers._loans import Loan
 class Holder:
     """Who acquired a connection, and uses it."""
 
-    in_transaction = False
+    in_transaction: bool = False
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -122,7 +122,7 @@ def _awaited(future: object) -> Iterator[object]:
     yield getattr(future, "_fut_waiter", None)
     yield from getattr(future, "_children", ())  # gather's
     if isinstance(future, asyncio.Task):
-        coroutine: Any = future.get_coro()
+        coroutine = cast(object, future.get_coro())
         for frame in suspended_frames(coroutine):
             group = frame.f_locals.get("self")
             if type(group).__name__ == "TaskGroup":  # asyncio's and AnyIO's

@@ -41,18 +41,18 @@ class Lane(Holder):
     def __init__(self, shared: Shared, package: str) -> None:
         super().__init__(package)
         self.shared = shared
-        self.in_transaction = False
-        self.read_only = False
-        self.used = False  # since the transaction began
-        self.doubtful = False  # whether the transaction still works
-        self.holding = False  # whether the transaction has the connection: it may have lent it
-        self.wrote = False  # or may have, since the transaction began
-        self.active = False  # whether a statement of the transaction is under way
-        self.touched_session = False
-        self.has_cursors = False  # that end with the transaction
+        self.in_transaction: bool = False
+        self.read_only: bool = False
+        self.used: bool = False  # since the transaction began
+        self.doubtful: bool = False  # whether the transaction still works
+        self.holding: bool = False  # whether the transaction has the connection: it may have lent it
+        self.wrote: bool = False  # or may have, since the transaction began
+        self.active: bool = False  # whether a statement of the transaction is under way
+        self.touched_session: bool = False
+        self.has_cursors: bool = False  # that end with the transaction
         self._isolation = _READ_COMMITTED
         self._settings: dict[str, str] = {}  # as they were before the transaction set them for itself
-        self.closed = False
+        self.closed: bool = False
 
     def must_wait(self) -> bool:
         """Return whether its next statement can't run at once."""

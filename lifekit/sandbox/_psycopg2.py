@@ -39,7 +39,7 @@ class RealConnection(aiopg.Connection):
             enable_uuid=pool._enable_uuid,
             **options,
         )
-        self.shared = Shared(self)
+        self.shared: Shared = Shared(self)
         self._pool = pool
         self._own: Any = None
 

@@ -139,8 +139,8 @@ class LaneConnection(AsyncConnection[Any]):
 
     def __init__(self, pgconn: Any, *args: Any, **options: Any) -> None:
         super().__init__(pgconn, *args, **options)
-        self.lane = Lane(self.shared, "psycopg_pool")
-        self.stray = False
+        self.lane: Lane = Lane(self.shared, "psycopg_pool")
+        self.stray: bool = False
         self._prepared = _Prepared(self.numbers)
         self._notices = pgconn.notice_handler
         self._granted: bytes | None = None

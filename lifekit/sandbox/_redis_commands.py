@@ -156,7 +156,7 @@ class Channels:
     """
 
     def __init__(self, own: int, leased: int) -> None:
-        self.prefix = b"lifekit-%d:" % leased
+        self.prefix: bytes = b"lifekit-%d:" % leased
         self._own, self._leased = b"%d" % own, b"%d" % leased
         self._patterns: dict[bytes, bytes] = {}
 

@@ -36,12 +36,12 @@ class Gate:
 
     def __init__(self, sandbox: Side) -> None:
         self.sandbox = sandbox
-        self.inside = False
-        self.is_over = False
-        self.connecting = False
-        self.is_guest = False
+        self.inside: bool = False
+        self.is_over: bool = False
+        self.connecting: bool = False
+        self.is_guest: bool = False
         """Whether who uses it is no part of a test: a worker that was started before."""
-        self.waits = False
+        self.waits: bool = False
         self.renew()
 
     def renew(self) -> None:

@@ -84,14 +84,14 @@ class Lease:
     def __init__(self, link: Link, own: int, number: int, server: str) -> None:
         self.number = number
         self.server = server
-        self.channels = Channels(own, number)
+        self.channels: Channels = Channels(own, number)
         self.sandboxes: set[Any] = set()
         self.active: set[Any] = set()
-        self.touched = False
-        self.dirty = False
-        self.is_heard = False
+        self.touched: bool = False
+        self.dirty: bool = False
+        self.is_heard: bool = False
         """Whether a PubSub that subscribed outside hears what is published inside."""
-        self.ended = 0
+        self.ended: int = 0
         """How many blocks it was told the end of."""
         self._link = link
 

@@ -98,15 +98,15 @@ class Shared:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.savepoint = Savepoint.NONE
+        self.savepoint: Savepoint = Savepoint.NONE
         self.deferrable: bool | None = None  # None where it has to be asked
-        self.dirty = False
-        self.wrote = False  # or may have, since the block began
-        self.acts = 0
+        self.dirty: bool = False
+        self.wrote: bool = False  # or may have, since the block began
+        self.acts: int = 0
         self._guard = f"lifekit_guard_{secrets.token_hex(4)}"
         self._lock = asyncio.Lock()
         self._holder: Lane | None = None
-        self.waiting = 0
+        self.waiting: int = 0
         self._escape: BaseException | None = None
         self._names: set[str] = set()
         self._beginning: Uncut[None] | None = None

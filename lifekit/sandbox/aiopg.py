@@ -71,7 +71,7 @@ class LaneConnection(aiopg.Connection):
 
     def join(self, sandbox: PoolSandbox) -> None:
         """Be a lane from now on."""
-        self.lane = Lane(sandbox.used.shared, "aiopg")
+        self.lane: Lane = Lane(sandbox.used.shared, "aiopg")
         self.noticed: Any = []
         self._sandbox = sandbox
         self._real: Any = sandbox.used
@@ -209,7 +209,7 @@ class PoolSandbox(Sandbox):
 
     def __init__(self, pool: Any) -> None:
         self.pool = pool
-        self.active = False
+        self.active: bool = False
         self.used: Any = None
         """The real connection of its block: its own, or that of another pool."""
         self._own: Any = None

@@ -21,6 +21,7 @@ from asyncpg.pool import PoolConnectionHolder
 from lifekit._errors import SandboxBusyError, SandboxEscapedError
 from lifekit._sandbox import current_block, refuse_stragglers
 from lifekit.drivers import Sandbox
+from lifekit.drivers._loans import named_like
 from lifekit.drivers.asyncpg import loans
 
 from ._holders import escaped_strays, lets_go
@@ -36,7 +37,7 @@ class RealConnection:
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
-        self.shared = Shared(self)
+        self.shared: Shared = Shared(self)
 
     async def control(self, sql: str) -> None:
         """Send statements in one message; whatever they return is dropped."""
@@ -94,7 +95,7 @@ def _running(
         if not self.is_busy and lane.goes_directly(text):
             self.is_busy = True
             try:
-                return await getattr(self._real, name)(state, *args, **options)
+                return await getattr(self.real, name)(state, *args, **options)
             except BaseException as error:
                 lane.doubtful = True
                 lane.shared.explain(error, in_transaction=True)
@@ -103,8 +104,8 @@ def _running(
                 self.is_busy = False
                 lane.rests()
         timeout = options.get("timeout", args[timeout_at] if "timeout" not in options else None)
-        send = partial(getattr(self._real, name), state, *args, **options)
-        return await self._one_at_a_time(
+        send = partial(getattr(self.real, name), state, *args, **options)
+        return await self.one_at_a_time(
             lane.run(text, send, lambda tag: answer(tag, args, options)), timeout
         )
 
@@ -115,10 +116,18 @@ def _aside(name: str) -> Any:
     """Make the method *name* of a protocol, which closes something."""
 
     async def run(self: _LaneProtocol, *args: Any) -> Any:
-        send = partial(getattr(self._real, name), *args)
-        return await self._one_at_a_time(self.lane.aside(send), None)
+        send = partial(getattr(self.real, name), *args)
+        return await self.one_at_a_time(self.lane.aside(send), None)
 
     return run
+
+
+def _tag(tag: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return tag
+
+
+def _no_rows(tag: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return []
 
 
 def _extra(tag: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -130,27 +139,27 @@ class _LaneProtocol:
     """What stands in for the protocol of a connection: a lane of the real connection's."""
 
     def __init__(self, shared: Shared, real: Any) -> None:
-        self.lane = Lane(shared, "asyncpg")
+        self.lane: Lane = Lane(shared, "asyncpg")
         self.reset_query = ""
-        self.queries_count = 0
-        self._real = real._protocol
+        self.queries_count: int = 0
+        self.real = real._protocol
         self._config = real._config
-        self.is_busy = False
+        self.is_busy: bool = False
         # What each statement asks for, sooner than by __getattr__.
-        self._get_timeout = self._real._get_timeout
-        self.get_record_class = self._real.get_record_class
+        self._get_timeout = self.real._get_timeout
+        self.get_record_class = self.real.get_record_class
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+        return getattr(self.real, name)
 
     bind_execute = _running("bind_execute", 4, _extra)
-    bind_execute_many = _running("bind_execute_many", 2, lambda *_: [])
-    execute = _running("execute", 3, lambda *_: [])
-    copy_out = _running("copy_out", 1, lambda tag, *_: tag)
-    copy_in = _running("copy_in", 4, lambda tag, *_: tag)
+    bind_execute_many = _running("bind_execute_many", 2, _no_rows)
+    execute = _running("execute", 3, _no_rows)
+    copy_out = _running("copy_out", 1, _tag)
+    copy_in = _running("copy_in", 4, _tag)
     close_portal = _aside("close_portal")
 
-    _bind = _running("bind", 2, lambda *_: None)
+    _bind = _running("bind", 2, _no_rows)
 
     async def bind(self, *args: Any) -> Any:
         """Open a cursor."""
@@ -169,8 +178,8 @@ class _LaneProtocol:
         """Run a message of the simple protocol."""
         if query == self.reset_query and not self.lane.touched_session:
             return "RESET"
-        send = partial(self._real.query, timeout=seconds)
-        tag: str = await self._one_at_a_time(self.lane.run_script(query, send), seconds)
+        send = partial(self.real.query, timeout=seconds)
+        tag: str = await self.one_at_a_time(self.lane.run_script(query, send), seconds)
         if query == self.reset_query:
             self.lane.touched_session = False
         return tag
@@ -179,14 +188,14 @@ class _LaneProtocol:
         """Have a statement parsed."""
         # The real connection has one statement without a name, and each of its lanes may want one.
         unique = name or self.lane.unique_name()
-        send = partial(self._real.prepare, unique, query, seconds, **options)
+        send = partial(self.real.prepare, unique, query, seconds, **options)
         try:
-            return await self._one_at_a_time(self.lane.prepare(send), seconds)
+            return await self.one_at_a_time(self.lane.prepare(send), seconds)
         except BaseException:
             self.lane.shared.forget_name(unique)
             raise
 
-    async def _one_at_a_time(self, act: Coroutine[Any, Any, Any], seconds: Any) -> Any:
+    async def one_at_a_time(self, act: Coroutine[Any, Any, Any], seconds: Any) -> Any:
         if self.is_busy or self.lane.closed:
             act.close()
             raise exceptions.InterfaceError(
@@ -212,7 +221,7 @@ class _LaneProtocol:
 
     def is_connected(self) -> bool:
         """Return whether the connection is open."""
-        return not self.lane.closed and bool(self._real.is_connected())
+        return not self.lane.closed and bool(self.real.is_connected())
 
     async def close(self, seconds: Any) -> None:
         """Close what the application sees as its connection."""
@@ -221,7 +230,7 @@ class _LaneProtocol:
     def abort(self) -> None:
         """Close it at once."""
         if self.is_busy and not self.lane.must_wait():
-            self._real._request_cancel()
+            self.real._request_cancel()
         self.lane.abandon()
 
 
@@ -238,7 +247,7 @@ class PoolSandbox(Sandbox):
     """The sandbox of one pool."""
 
     def __init__(self, pool: Any) -> None:
-        self.active = False
+        self.active: bool = False
         self._pool = pool
         self._own: RealConnection | None = None
         self._used: RealConnection | None = None  # its own, or that of another pool
@@ -317,7 +326,7 @@ class PoolSandbox(Sandbox):
                 pool._connect,
             )
             login = (connection._addr, connection._params.database, connection._params.user)
-            self._key = repr((type(connection), login, given))
+            self._key = repr((pool._connection_class, login, given))
         real: RealConnection = commons.setdefault(self._key, self._own)
         return self._own if real.lost() else real
 
@@ -352,13 +361,13 @@ class PoolSandbox(Sandbox):
 
     def _made_inside(self) -> _Inside:
         pool = self._pool
-        outside = pool._queue
+        outside: Any = pool._queue
 
         class Queue(type(outside)):  # type: ignore[misc]
             def put_nowait(self, holder: Any) -> None:
                 # What was out when the block began comes back to where it belongs.
                 if holder in holders:
-                    super().put_nowait(holder)
+                    cast(Any, super()).put_nowait(holder)
                 else:
                     outside.put_nowait(holder)
 
@@ -467,7 +476,7 @@ class SandboxedPool:
 def sandbox(pool: Any) -> PoolSandbox:
     """Make *pool* ask a sandbox for connections, and return that."""
     made = PoolSandbox(pool)
-    kind = type(pool)
-    attributes = {"__slots__": (), "__doc__": kind.__doc__, "_sandbox": made}
+    kind: Any = pool.__class__
+    attributes = {"__slots__": (), **named_like(kind), "_sandbox": made}
     pool.__class__ = type(kind.__name__, (SandboxedPool, kind), attributes)
     return made

@@ -41,7 +41,7 @@ class PoolSandbox(Sandbox):
     """The sandbox of one pool."""
 
     def __init__(self, pool: Any) -> None:
-        self.active = False
+        self.active: bool = False
         self.shared: Shared | None = None
         self._pool = pool
         self._configure = pool._configure

@@ -40,10 +40,10 @@ class RedisSandbox(Sandbox):
     """The sandbox of one client of one server."""
 
     def __init__(self, client: Any, described: str) -> None:
-        self.active = False
+        self.active: bool = False
         self.lease: Lease | None = None
-        self.own = int(client.connection_pool.connection_kwargs.get("db") or 0)
-        self.other = _Connections([], set())
+        self.own: int = int(client.connection_pool.connection_kwargs.get("db") or 0)
+        self.other: _Connections = _Connections([], set())
         """The connections that the pool has when it is not as it is now."""
         self._client = client
         self._pool = client.connection_pool

@@ -11,8 +11,15 @@ from typing import Any
 import anyio
 
 from lifekit import events
-from lifekit._backend import sit_out, spawn
-from lifekit._errors import LifekitError, SandboxError, ShutdownError, StartupError, summary
+from lifekit._backend import running_loop, sit_out, spawn
+from lifekit._errors import (
+    LifekitError,
+    SandboxError,
+    ShutdownError,
+    StartupError,
+    WrongLoopError,
+    summary,
+)
 from lifekit._lifespan import Lifespan
 from lifekit._redact import redact
 from lifekit._sandbox import Block, Sandboxing, sandboxing
@@ -61,6 +68,7 @@ class Running:
         self.unsupported: Exception | None = None
         self.application = app
         self._opened = Sandboxing()
+        self._loop: object = None
         self._scope = anyio.CancelScope()
         self._stop = anyio.Event()
         self._answered = anyio.Event()  # it is up, or said that it failed, or ended
@@ -76,7 +84,13 @@ class Running:
         receive: Callable[[], Awaitable[Any]],
         send: Callable[[Any], Awaitable[None]],
     ) -> None:
-        """Serve a request, with a state of its own, as servers do."""
+        """Serve a request, with a state of its own, as servers do.
+
+        Raises:
+            WrongLoopError: It runs in another event loop.
+        """
+        if running_loop() is not self._loop:
+            raise WrongLoopError(_ANOTHER_LOOP, resource="app", opened_at="another event loop")
         await self.application({**scope, "state": self.state.copy()}, receive, send)
 
     @property
@@ -99,6 +113,7 @@ class Running:
 
     async def start(self, sandboxed: bool) -> None:
         """Start it: see `running`."""
+        self._loop = running_loop()
         context = copy_context()
         if sandboxed:
             context.run(sandboxing.set, self._opened)
@@ -150,7 +165,8 @@ class Running:
         text = (
             "the application opened no lifespan of lifekit's while it started: there is nothing to "
             "sandbox. Let it use its registry: FastAPI(lifespan=registry.lifespan), or, in a lifespan "
-            "of its own, `async with registry.lifespan() as state: yield state`. Or leave sandbox out."
+            "of its own, `async with registry.lifespan() as state: yield state`. Or leave the sandbox "
+            'out: client(app), or @pytest.mark.lifekit(isolation="none").'
         )
         if self.unsupported is not None:
             text += (
@@ -230,3 +246,10 @@ def _note(error: BaseException, what: str, failure: BaseException) -> None:
     error.add_note(
         f"lifekit: and the application did not {what} cleanly: {summary(failure)}\n{failure}"
     )
+
+
+_ANOTHER_LOOP = (
+    "this application was started in another event loop than the one that sends it a request, and its "
+    "connections belong to that. Let the test and its fixtures run in one loop: with pytest-asyncio, "
+    "give them the same loop_scope."
+)

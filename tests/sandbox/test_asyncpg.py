@@ -885,7 +885,7 @@ async def test_an_escape_is_noticed_and_fails_that_block_only(box: Box) -> None:
         with pytest.raises(SandboxEscapedError, match="behind its back"):
             async with lifespan.sandbox(), pool.acquire() as connection:
                 await connection.execute("SELECT 1")
-                await connection._con._protocol._real.query(escape, 5)
+                await connection._con._protocol.real.query(escape, 5)
         async with lifespan.sandbox():
             await pool.execute(ADD)
             assert await pool.fetchval(COUNT) == 3
@@ -899,7 +899,7 @@ async def test_an_escape_in_the_midst_is_noticed(box: Box) -> None:
             async with lifespan.sandbox():
                 async with pool.acquire() as connection:
                     await connection.execute("SELECT 1")
-                    await connection._con._protocol._real.query(escape, 5)
+                    await connection._con._protocol.real.query(escape, 5)
                 with pytest.raises((SandboxEscapedError, exceptions.PostgresError)):
                     await pool.execute("SELECT 2")
         async with lifespan.sandbox():

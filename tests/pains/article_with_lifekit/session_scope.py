@@ -1,0 +1,31 @@
+"""One application for all tests, and nothing that one leaves for the next."""
+
+import pytest
+from httpx2 import AsyncClient
+
+from .myapp import starts
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_a_user_is_created(client: AsyncClient) -> None:
+    assert (await client.post("/api/users?name=ada")).status_code == 201
+    assert (await client.get("/api/users")).json() == ["ada"]
+    assert (await client.get("/api/users/count")).json() == 1
+    assert (await client.get("/api/audit")).json() == ["ada came"]
+
+
+async def test_there_are_no_users_at_first(client: AsyncClient) -> None:
+    assert (await client.get("/api/users")).json() == []
+
+
+async def test_nobody_is_counted_at_first(client: AsyncClient) -> None:
+    assert (await client.get("/api/users/count")).json() == 0
+
+
+async def test_nothing_is_noted_at_first(client: AsyncClient) -> None:
+    assert (await client.get("/api/audit")).json() == []
+
+
+async def test_the_application_started_once(client: AsyncClient) -> None:
+    assert len(starts) == 1
