@@ -22,10 +22,10 @@ run: $(READY)  ## Serve the example application until Ctrl-C
 	@cd docs/examples && ../../$(BIN)/python -m shortener.demo --stay
 
 test: $(READY)  ## Run the tests; ARGS goes to pytest: make test ARGS="-k example -x"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-long: $(READY)  ## Run the tests that take minutes
-	@$(BIN)/python -m pytest -m long --timeout 1200 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m long --timeout 1200 $(ARGS)
 
 lint: $(READY)  ## Check style and format
 	@$(BIN)/ruff check

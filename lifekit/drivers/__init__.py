@@ -112,6 +112,8 @@ def register(kind: type[T], driver: Driver[T]) -> None:
 def find(value: T) -> Driver[T] | None:
     """Return the driver for *value*, or None where no driver knows its type."""
     for kind in type(value).__mro__:
+        if "_made_by_lifekit" in vars(kind):  # of the next one, whose name it has
+            continue
         if kind in _registered:
             return _registered[kind]
         module = _BUILT_IN.get(f"{kind.__module__}.{kind.__qualname__}")

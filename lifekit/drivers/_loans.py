@@ -76,7 +76,7 @@ def _mixed(noting: Any, kind: Any) -> type:
     return type(kind.__name__, (noting, kind), {"__slots__": (), **named_like(kind)})
 
 
-def named_like(kind: Any) -> dict[str, str | None]:
-    """Return the attributes by which a class says what it is."""
+def named_like(kind: Any) -> dict[str, Any]:
+    """Return the attributes by which a class made of *kind* says that it is the same."""
     names = ("__doc__", "__module__", "__qualname__")
-    return {name: getattr(kind, name) for name in names}
+    return {"_made_by_lifekit": True, **{name: getattr(kind, name) for name in names}}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .access import get, request
 from .footprint import imports, memory
+from .isolation import redis_isolation, sandbox, suites
 from .measure import Row, table
 from .start_stop import critical_path, growth, many
 
@@ -30,6 +31,9 @@ BENCHMARKS = {
     "many": Benchmark(many, partial(many, rounds=1, count=5)),
     "growth": Benchmark(growth, partial(growth, rounds=1, small=2, big=4)),
     "get": Benchmark(get, partial(get, rounds=1, times=10)),
+    "sandbox": Benchmark(sandbox, partial(sandbox, rounds=1, times=1)),
+    "redis": Benchmark(redis_isolation, partial(redis_isolation, rounds=1, times=1)),
+    "suites": Benchmark(suites, partial(suites, rounds=1, tests=2)),
     "import": Benchmark(imports, partial(imports, rounds=1)),
     "memory": Benchmark(memory, partial(memory, rounds=1, count=200)),
     "request": Benchmark(request, partial(request, rounds=1, times=2)),

@@ -44,7 +44,9 @@ def imports(*, rounds: int = 40) -> list[Row]:
                 return float(ran.stdout)
 
             floor, ours = await interleave(
-                rounds, partial(seconds, "asyncio, anyio"), partial(seconds, "lifekit; lifekit.Registry")
+                rounds,
+                partial(seconds, "asyncio, anyio"),
+                partial(seconds, "lifekit._registry"),
             )
         # In pairs: no two processes are alike, but neighbours find the same host.
         ratio = paired_ratio(floor, ours)

@@ -4,9 +4,10 @@ from typing import Any
 
 import redis.asyncio as redis
 from httpx2 import AsyncClient
-from lifekit import Lifespan, testing
 from shortener import resources
 from starlette.testclient import TestClient
+
+from lifekit import Lifespan, testing
 
 URL = "https://example.org/"
 
@@ -47,7 +48,7 @@ def test_an_unknown_link_is_not_found(sync_client: TestClient) -> None:
 # Override: another cache while the application runs; what needs it is built anew, the rest is shared.
 
 
-async def test_a_link_that_the_cache_knows_is_not_looked_up(client: AsyncClient, lifespan: Lifespan) -> None:
+async def test_a_known_link_is_not_looked_up(client: AsyncClient, lifespan: Lifespan) -> None:
     async with lifespan.override(resources.cache, factory=fake_cache) as patched:
         await patched[resources.cache].set("url:cached", URL)
         assert (await client.get("/cached")).headers["location"] == URL
