@@ -291,3 +291,20 @@ def test_a_demo_whose_server_is_not_there_says_so_and_ends(redis_url: str) -> No
     assert "shortener did not start: db failed" in output
     assert "ConnectionRefusedError" in output
     assert "sesame" not in output
+
+
+def test_its_own_tests_pass_and_leave_nothing(
+    database_url: str, redis_url: str, database: Database
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:valkey", "-p", "no:cacheprovider"],
+        cwd=EXAMPLES,
+        env=os.environ | {"DATABASE_URL": database_url, "REDIS_URL": redis_url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert re.search(r"^\d+ passed in ", ran.stdout, re.MULTILINE)
+    database.execute("SELECT count(*) FROM links")
+    assert database.fetchone() == (0,)

@@ -325,6 +325,7 @@ class Lane(Holder):
         self._settings.clear()
         self.has_cursors = False
         self.is_used_here()
+        self.rests()
         return tag
 
     async def commit(self, *, chain: bool = False) -> str:

@@ -110,10 +110,13 @@ class Shared:
         self._escape: BaseException | None = None
         self._names: set[str] = set()
         self._beginning: Uncut[None] | None = None
+        self._was_used = True
 
     def begin(self) -> None:
         """Send what begins the real transaction; the first statement waits for the answer."""
-        self._beginning = Uncut(self._begin())
+        if self._was_used:  # in the block before; else the first statement does it
+            self._beginning = Uncut(self._begin())
+        self._was_used = False
 
     async def _begin(self) -> None:
         sql = f"BEGIN; {_LOCK_TIMEOUT}; SAVEPOINT {self._guard}; SAVEPOINT {_SAVEPOINT}"
@@ -182,7 +185,7 @@ class Shared:
         if self._holder is not None and self._holder.lends():
             self._holder.holding = False
             self.savepoint = Savepoint.CLEAN
-        elif self._lock.locked():
+        elif self._lock.locked() or self.waiting:  # a lock that is free may be promised already
             self.waiting += 1
             try:
                 await self._wait(lane)
@@ -227,6 +230,7 @@ class Shared:
 
     async def clean_savepoint(self) -> None:
         """Set the savepoint anew, so that what follows can be undone alone."""
+        self._was_used = True
         if self._beginning is not None:
             beginning, self._beginning = self._beginning, None
             await beginning

@@ -65,6 +65,8 @@ def client_of(
     transport = httpx.ASGITransport(
         served.app, raise_app_exceptions=raise_app_exceptions, root_path=root_path, client=client
     )
+    # What the environment says of proxies and logins is not for an application in the same process.
+    options.setdefault("trust_env", False)
     made: AsyncClient = httpx.AsyncClient(transport=transport, base_url=base_url, **options)
     return made
 

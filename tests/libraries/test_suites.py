@@ -1,0 +1,193 @@
+"""Suites of real libraries pass over sandboxed pools as over real ones, but for what is a limit."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+import anyio
+import asyncpg
+import pytest
+
+from lifekit import embedded
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
+PLUGINS = Path(__file__).with_name("plugins")
+TWO_AT_ONCE = "SandboxBusyError"
+"""One transaction waits for another, which waits for it: there is one real connection."""
+NO_TRANSACTION = "SandboxUnsupportedError"
+"""CREATE DATABASE runs outside of transactions only."""
+
+SIBLINGS = "test_databases::test_transaction_context_sibling_task_isolation_example"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A library's release, and which of its tests run."""
+
+    sdist: str
+    needs: tuple[str, ...]
+    tests: tuple[str, ...]
+    at_least: int
+    limits: dict[str, str]
+    variables: dict[str, str] = field(default_factory=dict[str, str])
+    conftest: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The library's name."""
+        return self.sdist.partition("==")[0]
+
+
+SUITES = [
+    Suite(
+        "databases==0.9.0",
+        ("aiosqlite==0.22.1",),
+        ("tests/test_databases.py", "-k", "not field and not mapping"),
+        75,
+        {f"{SIBLINGS}[postgresql+{driver}]": TWO_AT_ONCE for driver in ("asyncpg", "aiopg")},
+        {"TEST_DATABASE_URLS": "postgresql+asyncpg:{rest}, postgresql+aiopg:{rest}"},
+    ),
+    Suite(
+        "tortoise-orm==1.1.9",
+        ("aiosqlite==0.22.1", "iso8601==2.1.0", "pypika-tortoise==0.6.5", "pytz==2026.6"),
+        (
+            *(
+                f"tests/test_{name}.py"
+                for name in (
+                    "basic",
+                    "bulk",
+                    "concurrency",
+                    "manual_sql",
+                    "model_methods",
+                    "prefetching",
+                    "queryset",
+                    "relations",
+                    "signals",
+                    "transactions",
+                    "truncate",
+                    "unique_together",
+                    "update",
+                )
+            ),
+            "tests/contrib/postgres/test_tsvector_field.py",
+        ),
+        290,
+        {
+            "test_tsvector_field::test_tsvector_generated_sql": NO_TRANSACTION,
+            "test_tsvector_field::test_tsvector_generated_field_save": NO_TRANSACTION,
+        },
+        {"TORTOISE_TEST_DB": "asyncpg:{server}/test_{{}}"},
+        "tortoise_conftest.py",
+    ),
+]
+
+
+@pytest.fixture(params=SUITES, ids=lambda suite: suite.name)
+def suite(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Suite, Path, Path]:
+    """A suite, its unpacked sdist, and a directory of what that imports."""
+    chosen: Suite = request.param
+    name, packages, source = chosen.name, tmp_path / "packages", tmp_path / "source"
+    only = ["--no-deps", "--quiet"]
+    _pip("download", *only, "--no-binary", name, "--dest", str(tmp_path), chosen.sdist)
+    _pip("install", *only, "--target", str(packages), *chosen.needs)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        files.extractall(source, filter="data")
+    (unpacked,) = source.iterdir()
+    if chosen.conftest is not None:
+        (unpacked / "conftest.py").write_text((PLUGINS / chosen.conftest).read_text())
+    return chosen, unpacked, packages
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        pytest.skip(f"pip can't {arguments[0]} {arguments[-1]}: {lines[-1] if lines else 'no reason'}")
+
+
+def test_the_suite_of_a_library_passes_over_sandboxed_pools(
+    suite: tuple[Suite, Path, Path], postgres: embedded.Server, tmp_path: Path
+) -> None:
+    """What passes over a real pool passes over a sandboxed one, but for what is a limit."""
+    chosen, source, packages = suite
+
+    def run(plugins: tuple[str, ...]) -> dict[str, str]:
+        kind = "sandboxed" if plugins else "real"
+        report = tmp_path / f"{kind}.xml"
+        url = anyio.run(_database, postgres.url)
+        rest, server = (
+            url.removeprefix("postgresql:"),
+            url.rpartition("/")[0].removeprefix("postgresql:"),
+        )
+        inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+        environment = {
+            **{
+                key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PG"))
+            },
+            **{key: text.format(rest=rest, server=server) for key, text in chosen.variables.items()},
+            "DATABASE_URL": url,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": os.pathsep.join([*map(str, (source, packages, PLUGINS)), *inherited]),
+            "PGOPTIONS": "-c lock_timeout=15000",  # for what a suite does over connections of its own
+        }
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--junit-xml", str(report)]
+        loaded = ("pytest_asyncio.plugin", "pytest_timeout", *plugins)
+        command += [*(f"-p{name}" for name in ("no:cacheprovider", *loaded)), "--timeout=30"]
+        done = subprocess.run(
+            [*command, *chosen.tests],
+            cwd=source,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert report.exists(), done.stdout + done.stderr
+        return _outcomes(report)
+
+    with ThreadPoolExecutor() as pool:
+        real, sandboxed = pool.map(run, [(), ("sandboxed_pools",)])
+    passed = {name for name, failure in real.items() if not failure}
+    failed = {
+        name: sandboxed.get(name, "it did not run") for name in passed if sandboxed.get(name, "-")
+    }
+    print(f"{chosen.sdist}: {len(real)} ran, {len(passed)} passed, {len(failed)} not in the sandbox")
+    assert len(passed) >= chosen.at_least, [text for text in real.values() if text][:1]
+    assert set(failed) == set(chosen.limits), failed
+    for name, error in chosen.limits.items():
+        assert error in failed[name]
+
+
+async def _database(url: str) -> str:
+    name = f"library_{secrets.token_hex(4)}"  # short, for it is part of tests' names
+    admin = await asyncpg.connect(url)
+    try:
+        await admin.execute(f"CREATE DATABASE {name}")
+    finally:
+        await admin.close()
+    return f"{url.rpartition('/')[0]}/{name}"
+
+
+def _outcomes(report: Path) -> dict[str, str]:
+    """Return the failure of each test that ran, empty where it passed."""
+    found: dict[str, str] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        if case.find("skipped") is None:
+            module = case.attrib["classname"].rpartition(".")[2]
+            name = f"{module}::{re.sub(r'://[^]-]*', '', case.attrib['name'])}"
+            failures = [*case.findall("failure"), *case.findall("error")]
+            found[name] = found.get(name, "") + "".join(each.text or "" for each in failures)
+    return found
