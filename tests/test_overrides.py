@@ -272,7 +272,7 @@ def test_what_can_t_hold_is_refused_at_once_with_its_line(shop: Shop) -> None:
         (lambda: override(shop.cache, Part("x"), factory=Part), "takes a value, .*, or a factory"),
         (lambda: override(shop.cache, factory=Part("x")), "a Part stands where a factory is expected"),
         (
-            lambda: override(shop.links, factory=lambda a, b, c: Part("x")),
+            lambda: override(shop.links, factory=of_three),
             r"fits neither def links\(\) nor def links\(db, cache\)",
         ),
     ]
@@ -280,6 +280,11 @@ def test_what_can_t_hold_is_refused_at_once_with_its_line(shop: Shop) -> None:
         with pytest.raises(OverrideError, match=why) as caught:
             refused()
         assert str(caught.value).startswith("tests/test_overrides.py:")
+
+
+def of_three(a: Part, b: Part, c: Part) -> Part:
+    """Make a part of more than links has."""
+    return Part("x", a, b, c)
 
 
 def test_a_value_of_another_type_is_refused_and_a_mock_is_not() -> None:

@@ -25,7 +25,7 @@ async def test_a_short_link_leads_to_its_page(client: AsyncClient) -> None:
 
 async def test_nothing_is_left_of_the_tests_before(lifespan: Lifespan) -> None:
     assert await lifespan[resources.db].fetch("SELECT * FROM links") == []
-    assert await lifespan[resources.cache].keys() == []
+    assert await lifespan[resources.cache].hgetall("visits") == {}
 
 
 async def test_rows_that_a_test_needs_are_put_in_by_the_pool_that_reads_them(
