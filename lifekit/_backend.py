@@ -89,10 +89,11 @@ async def undisturbed(coroutine: Coroutine[Any, Any, object], seconds: float) ->
     task = loop.create_task(coroutine)
     alarm = loop.call_later(seconds, task.cancel)
     interrupt: BaseException | None = None
+    kept = Kept(task)
     try:
-        await Kept(task)
+        await kept
     except asyncio.CancelledError as raised:
-        interrupt = raised if not task.cancelled() else None
+        interrupt = raised if kept.asked else None
     except Exception:
         pass  # the task's own
     alarm.cancel()
@@ -108,9 +109,10 @@ class Kept:
     that `asyncio.isfuture` goes by, to cancel itself, and hears that this can't be.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_future")
+    __slots__ = ("_asyncio_future_blocking", "_future", "asked")
 
     def __init__(self, future: asyncio.Future[Any]) -> None:
+        self.asked: bool = False
         self._future = future
         self._asyncio_future_blocking = False
 
@@ -126,6 +128,7 @@ class Kept:
 
     def cancel(self, msg: object = None) -> bool:
         """Refuse."""
+        self.asked = True
         return False
 
     def __await__(self) -> Generator[Any, None, None]:

@@ -26,11 +26,21 @@ T = TypeVar("T")
 
 _READ_COMMITTED = "read committed"
 _SETTING = re.compile(
-    r"""\bset\s+(?:(?P<local>local)\s+|session\s+)?"?(?P<set>[\w.]+)"?\s*(?:=|\bto\b)
-    |\bset_config\s*\(\s*'(?P<called>[\w.]+)'[^)]*,\s*(?P<is_local>[\w$]+)""",
-    re.IGNORECASE | re.VERBOSE,
+    r"""\bset\s+(?:(?P<local>local)\s+|session\s+(?!auth))?
+    (?:(?P<word>role|session\s+authorization|time\s+zone|schema|names)\b
+    |"?(?P<set>[\w.]+)"?\s*(?:=|\bto\b))
+    |\bset_config\s*\(\s*(?:e?'(?P<called>[\w.]+)'(?P<rest>.*)|(?P<unknown>.))""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
+_FOR_THE_SESSION = re.compile(r",\s*(?:false|'(?:f|false|0|no|off)')(?:::\w+)?\s*\)", re.IGNORECASE)
+_WORDS = {
+    "session authorization": "session_authorization",
+    "time zone": "timezone",
+    "schema": "search_path",
+    "names": "client_encoding",
+}
 _DEFAULTS = re.compile(r"\bdefault_transaction_|\bsession\s+characteristics\b", re.IGNORECASE)
+_RESET_ALL = re.compile(r"\s*(?:reset|discard)\s+all\b", re.IGNORECASE)
 _ALL_STATEMENTS = re.compile(r"\s*deallocate\s+(?:prepare\s+)?all\b", re.IGNORECASE)
 _STATEMENTS = re.compile(r"\s*(?:prepare|deallocate|discard)\b", re.IGNORECASE)
 
@@ -201,6 +211,8 @@ class Lane(Holder):
             self.has_cursors |= statement.needs_transaction == "DECLARE CURSOR"
             if _STATEMENTS.match(statement.text):
                 self.shared.dirty = True
+            if _RESET_ALL.match(statement.text):
+                self.shared.limits_lost = True
 
     async def _commit_kept(self) -> None:
         if await self.shared.defers():
@@ -217,12 +229,19 @@ class Lane(Holder):
             return
         for statement in script.statements:
             for match in _SETTING.finditer(statement.text):
-                name = (match["set"] or match["called"]).lower()
-                if match["local"] or match["is_local"] not in (None, "false"):
-                    if name not in self._settings:
-                        self._settings[name] = await self.shared.setting(name)
-                else:  # for the session, which wins
-                    self._settings.pop(name, None)
+                await self._remember_setting(match)
+
+    async def _remember_setting(self, match: re.Match[str]) -> None:
+        if match["unknown"]:
+            raise SandboxUnsupportedError(_UNSUPPORTED_SETTING)
+        word = " ".join((match["word"] or "").lower().split())
+        name = _WORDS.get(word, word) or (match["set"] or match["called"]).lower()
+        called_for_all = match["called"] and _FOR_THE_SESSION.search(match["rest"])
+        if match["local"] or (match["called"] and not called_for_all):
+            if name not in self._settings:
+                self._settings[name] = await self.shared.setting(name)
+        else:  # for the session, which wins
+            self._settings.pop(name, None)
 
     def _refuse_without_transaction(self, script: Script) -> None:
         if len(script.statements) == 1:  # else they are a transaction together
@@ -477,6 +496,11 @@ _UNSUPPORTED = {
 _UNSUPPORTED_DEALLOCATE = (
     "DEALLOCATE ALL would take the prepared statements of the application's other connections as well, "
     f"which in the sandbox are one. Deallocate by name, or run the test without a sandbox: {ALONE}."
+)
+_UNSUPPORTED_SETTING = (
+    "set_config() with a name that is not in the text: the sandbox can't tell what to take back when "
+    "the application's transaction ends, sooner than the real one. Write the name as a constant: "
+    "set_config('app.user', $1, true)."
 )
 _UNSUPPORTED_DEFAULTS = (
     "how transactions begin by default can't be changed in the sandbox, which has begun its own. Say "

@@ -49,7 +49,10 @@ NO_SAVEPOINT = "3B001"
 LOCK_NOT_AVAILABLE = "55P03"
 
 _SAVEPOINT = "lifekit_savepoint"
-_LOCK_TIMEOUT = "SET LOCAL lock_timeout = '9999ms'"
+_LIMITS = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '9999' ELSE '0' END, false)
+FROM pg_catalog.pg_settings WHERE name = 'lock_timeout' AND setting = '0' OR setting <> '0'
+AND name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
+"""The real transaction may be idle and long, and waits for no lock for ever."""
 _HAS_DEFERRABLE = """SELECT 'yes' FROM pg_catalog.pg_constraint WHERE condeferrable LIMIT 1"""
 _DEFER_AGAIN = """DO $lifekit$ DECLARE names text; BEGIN
 SELECT string_agg(DISTINCT format('%I.%I', nspname, conname), ', ') INTO names
@@ -111,6 +114,8 @@ class Shared:
         self._names: set[str] = set()
         self._beginning: Uncut[None] | None = None
         self._was_used = True
+        self._limited = False
+        self.limits_lost: bool = False  # by RESET ALL, in the running block
 
     def begin(self) -> None:
         """Send what begins the real transaction; the first statement waits for the answer."""
@@ -119,8 +124,10 @@ class Shared:
         self._was_used = False
 
     async def _begin(self) -> None:
-        sql = f"BEGIN; {_LOCK_TIMEOUT}; SAVEPOINT {self._guard}; SAVEPOINT {_SAVEPOINT}"
-        await self._send(sql, Savepoint.CLEAN)
+        if not self._limited:
+            await self.wire.control(_LIMITS)
+            self._limited = True
+        await self._send(f"BEGIN; SAVEPOINT {self._guard}; SAVEPOINT {_SAVEPOINT}", Savepoint.CLEAN)
 
     async def end(self) -> None:
         """Undo everything, once all its lanes are given back or abandoned.
@@ -144,7 +151,7 @@ class Shared:
         rest = ["SELECT pg_advisory_unlock_all()", "DISCARD SEQUENCES"] if self.wrote else []
         rest += [f"DEALLOCATE {name}" for name in self._names]
         self._names.clear()
-        self.wrote = False
+        self.wrote = self.limits_lost = False
         try:
             await self.wire.control("; ".join([f"ROLLBACK TO {self._guard}", "ROLLBACK", *rest]))
         except Exception as error:
@@ -176,9 +183,9 @@ class Shared:
     def busy_for(self, lane: Lane) -> bool:
         """Return whether somebody else has the connection."""
         holder = self._holder
-        return (
-            self._lock.locked() and holder is not lane and not (holder is not None and holder.lends())
-        )
+        if holder is lane or (holder is not None and holder.lends()):
+            return False
+        return self._lock.locked() or self.waiting > 0
 
     async def turn(self, lane: Lane) -> None:
         """Wait until the connection is free, and take it."""
@@ -218,8 +225,10 @@ class Shared:
             if holder is not None and holder.in_transaction and waits_for_this(holder.task):
                 raise busy(lane, holder)
             acts = self.acts
+            # Where nobody has it, somebody was promised it, and will have it soon.
+            seconds = PATIENCE if holder is not None else 0.01
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(seconds):
                     await self._lock.acquire()
                 return
             except TimeoutError:
@@ -244,6 +253,8 @@ class Shared:
                 sql = f"RELEASE SAVEPOINT {_SAVEPOINT}; SAVEPOINT {_SAVEPOINT}"
             case Savepoint.UNDONE:
                 sql = f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}"
+        if self.limits_lost:
+            sql, self.limits_lost = f"{sql}; {_LIMITS}", False
         await self.control(sql, leads_to=Savepoint.CLEAN)
 
     async def defers(self) -> bool:

@@ -40,14 +40,14 @@ class Uncut(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         cancelled: asyncio.CancelledError | None = None
         while not self._done:
-            waits_for = self._waits_for
+            kept = Kept(self._waits_for) if self._waits_for is not None else None
             try:
-                if waits_for is None:
+                if kept is None:
                     yield
                 else:
-                    yield from Kept(waits_for).__await__()
+                    yield from kept.__await__()
             except asyncio.CancelledError as error:
-                if waits_for is None or not waits_for.cancelled():
+                if kept is None or kept.asked:
                     cancelled = error
             except Exception:
                 pass  # what it waits for has failed, as the coroutine will find

@@ -9,8 +9,10 @@ cursors and prepared statements of them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -234,6 +236,47 @@ class _LaneProtocol:
         self.lane.abandon()
 
 
+class _Moved(Exception):
+    """What a task waited for is of a block that has ended."""
+
+
+_connecting: ContextVar[PoolSandbox | None] = ContextVar("lifekit.asyncpg.connecting", default=None)
+
+
+class _InsideHolder(PoolConnectionHolder):
+    """A place in a pool for a lane."""
+
+    __slots__ = ()
+
+    async def connect(self) -> None:
+        pool: Any = self._pool
+        sandbox: PoolSandbox = pool._sandbox
+        if not sandbox.active or self not in pool._holders:
+            raise _Moved
+        token = _connecting.set(sandbox)
+        try:
+            await super().connect()
+        finally:
+            _connecting.reset(token)
+
+
+@functools.cache
+def _sorted(kind: Any) -> Any:
+    """Return the class of a pool's queue that takes back only what is of its own side."""
+
+    class Queue(kind):  # type: ignore[misc]
+        outside: Any = None  # of a queue of inside holders, which are its own
+        own: Sequence[Any] = ()
+
+        def put_nowait(self, holder: Any) -> None:
+            if holder in self.own or (self.outside is None and not isinstance(holder, _InsideHolder)):
+                cast(Any, super()).put_nowait(holder)
+            elif not isinstance(holder, _InsideHolder):  # it was out when the block began
+                self.outside.put_nowait(holder)
+
+    return Queue
+
+
 class _Inside(NamedTuple):
     """What a pool works with: inside of a block other holders than outside."""
 
@@ -363,24 +406,12 @@ class PoolSandbox(Sandbox):
         pool = self._pool
         outside: Any = pool._queue
 
-        class Queue(type(outside)):  # type: ignore[misc]
-            def put_nowait(self, holder: Any) -> None:
-                # What was out when the block began comes back to where it belongs.
-                if holder in holders:
-                    cast(Any, super()).put_nowait(holder)
-                else:
-                    outside.put_nowait(holder)
-
         holders = [
-            PoolConnectionHolder(
-                pool,
-                max_queries=pool._max_queries,
-                max_inactive_time=0,
-                setup=pool._setup,
-            )
+            _InsideHolder(pool, max_queries=pool._max_queries, max_inactive_time=0, setup=pool._setup)
             for _ in pool._holders
         ]
-        queue = Queue(maxsize=pool._maxsize)
+        queue = type(outside)(maxsize=pool._maxsize)
+        queue.outside, queue.own = outside, holders
         for holder in holders:
             queue.put_nowait(holder)
         return _Inside(holders, queue)
@@ -412,6 +443,9 @@ class PoolSandbox(Sandbox):
 
     def _put_back(self) -> None:
         assert self._outside is not None
+        waiting = [each for each in self._pool._queue._getters if not each.done()]
+        for getter in waiting:
+            getter.set_exception(_Moved())
         for connection in self._held():
             connection.terminate()
         for connection, protocol, statements in self._redirected:
@@ -423,7 +457,8 @@ class PoolSandbox(Sandbox):
                 connection._protocol, connection._stmt_cache = protocol, statements
         self._redirected.clear()
         self.active = False
-        self._inside = self._put_in(self._outside)._replace(closing=False, closed=False)
+        inside = self._put_in(self._outside)._replace(closing=False, closed=False)
+        self._inside = inside if inside.queue.full() else None
 
 
 class _OutsideProtocol:
@@ -458,18 +493,31 @@ class SandboxedPool:
     _sandbox: PoolSandbox
 
     async def _acquire(self, seconds: float | None) -> Any:
-        refuse_stragglers("a pool of asyncpg")
-        if self._sandbox.active and seconds is None:
-            self._sandbox.refuse_hopeless()
-        connection = await cast(Any, super())._acquire(seconds)
+        connection: Any = None
+        while connection is None:
+            refuse_stragglers("a pool of asyncpg")
+            if self._sandbox.active and seconds is None:
+                self._sandbox.refuse_hopeless()
+            try:
+                connection = await cast(Any, super())._acquire(seconds)
+            except _Moved:
+                continue
+            inside = isinstance(connection._holder, _InsideHolder)
+            if inside != self._sandbox.active:  # a block began or ended while it waited
+                if inside:
+                    connection._con.terminate()
+                else:
+                    await cast(Any, self).release(connection)
+                connection = None
         lane = lane_of(connection._con)
         if lane is not None:
             lane.acquired()
         return connection
 
     def _get_new_connection(self) -> Awaitable[Any]:
-        if self._sandbox.active:
-            return self._sandbox.connect()
+        sandbox = _connecting.get()
+        if sandbox is self._sandbox:
+            return sandbox.connect()
         return cast(Awaitable[Any], cast(Any, super())._get_new_connection())
 
 
@@ -479,4 +527,5 @@ def sandbox(pool: Any) -> PoolSandbox:
     kind: Any = pool.__class__
     attributes = {"__slots__": (), **named_like(kind), "_sandbox": made}
     pool.__class__ = type(kind.__name__, (SandboxedPool, kind), attributes)
+    pool._queue.__class__ = _sorted(pool._queue.__class__)
     return made
