@@ -12,9 +12,10 @@ import heapq
 import logging
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from math import inf
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 from anyio import CancelScope, get_cancelled_exc_class
@@ -30,6 +31,9 @@ from ._resource import Resource
 from ._stack import waiting_at
 from ._timeline import Timeline, timeline
 from ._transient import is_transient
+
+if TYPE_CHECKING:
+    from ._sandbox import Block
 
 LAST_CALL = 1.0
 """Seconds that a closing has to end after it was cancelled, and that a terminate has in all."""
@@ -53,12 +57,13 @@ class Engine:
         close_timeout: float,
         grace: float,
         sandboxed: bool,
+        block: Callable[[], Block | None],
         on_event: Callable[[events.Event], object] | None,
         on_finished: Callable[[], None],
     ) -> None:
         """Prepare a run; *values* may already hold some, which this run uses and leaves alone."""
         self.name, self.plan, self.values = name, plan, values
-        self.sandboxed = sandboxed
+        self.sandboxed, self._block = sandboxed, block
         self.start_timeout, self.close_timeout, self.grace = start_timeout, close_timeout, grace
         resources = plan.resources
         self.nodes = [
@@ -477,6 +482,8 @@ class Engine:
         try:
             needs = [self.values[need] for need in node.declaration.needs]
             await node.live.open(needs, sandboxed=self.sandboxed)
+            if (block := self._block()) is not None and node.live.sandbox is not None:
+                await block.begin(node.resource.name, node.live.sandbox)
             node.phase = "check"
             await node.live.check()
         except BaseException as error:
@@ -518,6 +525,8 @@ class Engine:
         if node.left:  # while it opened: nobody watches its time any more
             node.closing_scope.deadline = self.now() + LAST_CALL
         clean = True
+        if (block := self._block()) is not None and live.sandbox is not None:
+            clean = await self._step(node, "close", partial(block.end, live.sandbox))
         for phase, step in live.steps if live.is_open else ():
             # After a failure only a generator's end, or the exit of what was entered, must still come.
             if clean or (live.entered and step is live.steps[-1][1]):

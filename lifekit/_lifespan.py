@@ -161,6 +161,7 @@ class Lifespan(Mapping[str, Any]):
             close_timeout=registry.close_timeout,
             grace=registry.grace,
             sandboxed=self.sandboxed,
+            block=lambda: self._root.block,
             on_event=registry.on_event,
             on_finished=self._retract,
         )
@@ -200,7 +201,7 @@ class Lifespan(Mapping[str, Any]):
         self._refuse_another_loop(self.registry.name)
         try:
             if self.patches:
-                await self._undo(self.patches[0])
+                await self.undo(self.patches[0])
         finally:
             self._engine.stop()
             await self._after(self._engine, error if not isinstance(error, Exception) else None)
@@ -305,14 +306,17 @@ class Lifespan(Mapping[str, Any]):
         patched._own.update((each, top._own[each]) for each in top._own if each not in rebuilt)
         patched._own.update(given({override.resource: override}))
         async with patched:
+            if (root, *root.patches)[-1] is not top:
+                raise OverrideError(
+                    f"{override.location}: another override of this lifespan began while this one was "
+                    "built, and the two would not know of each other. Begin one after the other."
+                )
             root._serve((*root.patches, patched))
             try:
-                if root.block is not None:
-                    await root.block.join(patched)
                 yield patched
             finally:
                 inner = root.patches[-1:] != (patched,) and patched in root.patches
-                await root._undo(patched)
+                await root.undo(patched)
         if inner:
             raise OverrideError(
                 f"the override made at {override.location} ended while one inside it was in use, which "
@@ -325,17 +329,24 @@ class Lifespan(Mapping[str, Any]):
         for each in served:
             each.live = served[-1]._own
 
-    async def _undo(self, patched: Lifespan) -> None:
-        # Down to this one, which its own `async with` closes; those inside it are closed here.
-        while patched in self.patches:
-            top = self.patches[-1]
-            self._serve(self.patches[:-1])
-            top.live = top._own
+    async def undo(self, patched: Lifespan) -> None:
+        """End an override of this lifespan, and those inside it."""
+        if patched not in self.patches:
+            return
+        at = self.patches.index(patched)
+        leaving, failures = self.patches[at:], list[BaseException]()
+        self._serve(self.patches[:at])
+        for each in reversed(leaving):
+            each.live = each._own
             try:
-                if self.block is not None:
-                    await self.block.part(top)
-            finally:
-                await top.__aexit__(None, None, None)
+                await each.__aexit__(None, None, None)
+            except BaseException as error:
+                failures.append(error)
+        for failure in failures:
+            if not isinstance(failure, Exception):
+                raise failure
+        if failures:
+            raise failures[0]
 
     def _read_context(self) -> None:
         self._sandboxing = sandboxing.get()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import (
     TYPE_CHECKING,
@@ -24,7 +25,7 @@ from ._graph import plan as make_plan
 from ._lifespan import Lifespan
 from ._overrides import MISSING, Overriding, make_override
 from ._resource import Options, Resource, Step
-from ._stack import caller, definition
+from ._stack import caller, caller_frame, definition, frame_line
 from .asgi import bind_requests
 
 if TYPE_CHECKING:
@@ -262,7 +263,10 @@ class Registry:
         """
         if app is not None:
             bind_requests(app, self.key)
-        return Lifespan(self, self.plan(), caller("starlette", "fastapi"))
+        frame = caller_frame("starlette", "fastapi")
+        in_own_task = frame.f_globals.get("__name__", "").partition(".")[0] in sys.stdlib_module_names
+        where = "the start of the application" if app is not None and in_own_task else frame_line(frame)
+        return Lifespan(self, self.plan(), where)
 
     @overload
     def override(self, resource: Resource[T], value: T) -> Overriding: ...

@@ -49,6 +49,7 @@ class Block:
         self.lifespan = lifespan
         self._begun: list[tuple[str, Sandbox]] = []
         self._outer: Block | None = None
+        self._patches: tuple[Lifespan, ...] = ()
 
     async def __aenter__(self) -> Self:
         """Begin.
@@ -58,6 +59,8 @@ class Block:
             SandboxBusyError: It is in another block.
         """
         lifespan = self.lifespan
+        if self.over or self._begun:
+            raise SandboxError(f"the sandbox at {self.location} was entered before: make another one")
         if not lifespan.sandboxed:
             raise SandboxError(
                 f"the lifespan made at {lifespan.location} did not open its values sandboxed. Open it "
@@ -71,26 +74,27 @@ class Block:
                 f"this one, at {self.location}, begins. Tests that run at once want a lifespan each."
             )
         lifespan.block = self
+        self._patches = lifespan.patches
         self._outer = current_block.get()
         current_block.set(self)
         try:
             for each in (lifespan, *lifespan.patches):
-                await self.join(each)
+                for name, sandbox in each.sandboxes():
+                    await self.begin(name, sandbox)
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
         return self
 
-    async def join(self, lifespan: Lifespan) -> None:
-        """Begin for what *lifespan* opened."""
-        for name, sandbox in lifespan.sandboxes():
-            self._begun.append((name, sandbox))
-            await sandbox.begin()
+    async def begin(self, name: str, sandbox: Sandbox) -> None:
+        """Begin for one value, as the block begins or as an override opens it."""
+        self._begun.append((name, sandbox))
+        await sandbox.begin()
 
-    async def part(self, lifespan: Lifespan) -> None:
-        """End for what *lifespan* opened, which closes before the block ends."""
-        leaving = lifespan.sandboxes()
-        self._begun = [each for each in self._begun if each not in leaving]
+    async def end(self, sandbox: Sandbox) -> None:
+        """End for one value, which closes before the block ends."""
+        leaving = [each for each in self._begun if each[1] is sandbox]
+        self._begun = [each for each in self._begun if each[1] is not sandbox]
         await self._end(leaving)
 
     async def __aexit__(
@@ -111,13 +115,26 @@ class Block:
         if current_block.get() is self:
             current_block.set(self._outer)
         try:
-            await self._end(self._begun)
+            await self._end_all()
         except Exception as failure:
             if error is None:
                 raise
             error.add_note(f"lifekit: and its sandbox ended with {summary(failure)}\n{failure}")
         finally:
             self.lifespan.block = None
+
+    async def _end_all(self) -> None:
+        left = [each for each in self.lifespan.patches if each not in self._patches]
+        try:
+            if left:
+                await self.lifespan.undo(left[0])
+        finally:
+            await self._end(self._begun)
+        if left:
+            raise SandboxEscapedError(
+                f"when the sandbox ended, the override made at {left[0].location} was still in use, "
+                "and would have served the next test: leave it in the test, with `async with`."
+            )
 
     async def _end(self, begun: list[tuple[str, Sandbox]]) -> None:
         seconds = self.lifespan.registry.close_timeout
@@ -136,6 +153,8 @@ class Block:
             else:
                 interrupt = interrupt or outcome.error
         if interrupt is not None:
+            for failure in failures:
+                interrupt.add_note(f"lifekit: and the sandbox ended with {summary(failure)}\n{failure}")
             raise interrupt
         if len(failures) == 1:
             raise failures[0]

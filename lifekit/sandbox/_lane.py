@@ -39,7 +39,10 @@ _WORDS = {
     "schema": "search_path",
     "names": "client_encoding",
 }
-_DEFAULTS = re.compile(r"\bdefault_transaction_|\bsession\s+characteristics\b", re.IGNORECASE)
+_DEFAULTS = re.compile(
+    r"\bdefault_transaction_|\bsession\s+characteristics\b|\bstandard_conforming_strings\b",
+    re.IGNORECASE,
+)
 _RESET_ALL = re.compile(r"\s*(?:reset|discard)\s+all\b", re.IGNORECASE)
 _ALL_STATEMENTS = re.compile(r"\s*deallocate\s+(?:prepare\s+)?all\b", re.IGNORECASE)
 _STATEMENTS = re.compile(r"\s*(?:prepare|deallocate|discard)\b", re.IGNORECASE)
@@ -503,6 +506,7 @@ _UNSUPPORTED_SETTING = (
     "set_config('app.user', $1, true)."
 )
 _UNSUPPORTED_DEFAULTS = (
-    "how transactions begin by default can't be changed in the sandbox, which has begun its own. Say "
-    f"it where a transaction begins, or run the test without a sandbox: {ALONE}."
+    "how transactions begin by default, and how strings are written, can't be changed in the sandbox, "
+    "which has begun its own and reads what is sent. Say it where a transaction begins, or run the "
+    f"test without a sandbox: {ALONE}."
 )

@@ -115,10 +115,12 @@ class Shared:
         self._beginning: Uncut[None] | None = None
         self._was_used = True
         self._limited = False
+        self.is_open: bool = False  # in a block
         self.limits_lost: bool = False  # by RESET ALL, in the running block
 
     def begin(self) -> None:
         """Send what begins the real transaction; the first statement waits for the answer."""
+        self.is_open = True
         if self._was_used:  # in the block before; else the first statement does it
             self._beginning = Uncut(self._begin())
         self._was_used = False
@@ -135,6 +137,7 @@ class Shared:
         Raises:
             SandboxEscapedError: The real transaction was ended by something else.
         """
+        self.is_open = False
         async with self._lock:
             await self._end()
 
@@ -200,7 +203,8 @@ class Shared:
                 self.waiting -= 1
         else:
             await self._lock.acquire()
-        if lane.closed:
+        if lane.closed or not self.is_open:
+            self._holder = None
             self._lock.release()
             raise SandboxEscapedError(f"the sandbox ended before this statement ran, on {lane}")
         self._holder = lane

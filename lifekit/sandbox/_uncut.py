@@ -14,7 +14,8 @@ T = TypeVar("T")
 class Uncut(Generic[T]):
     """A coroutine that has begun, and that whoever awaits this carries on to its end.
 
-    A cancellation of the awaiting task arrives when the coroutine is done.
+    A cancellation of the awaiting task arrives when the coroutine is done. So the coroutine itself must
+    not wait by scopes or timeouts that work by cancelling their task.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:

@@ -331,6 +331,8 @@ class PoolSandbox(Sandbox):
         if self._used is self._own:
             try:
                 await self._used.shared.end()
+            except BaseException as error:
+                raise told or error from None
             finally:
                 if self._used.shared.dirty:  # what was prepared or is known of types may be wrong now
                     await self._used.connection.close(timeout=_SECONDS)
@@ -369,7 +371,8 @@ class PoolSandbox(Sandbox):
                 pool._connect,
             )
             login = (connection._addr, connection._params.database, connection._params.user)
-            self._key = repr((pool._connection_class, login, given))
+            like = (connection._config, connection._protocol.get_record_class(), pool._reset)
+            self._key = repr((pool._connection_class, login, like, given))
         real: RealConnection = commons.setdefault(self._key, self._own)
         return self._own if real.lost() else real
 

@@ -63,11 +63,18 @@ class PoolSandbox(Sandbox):
         if self._inside is None:
             self._inside = self._made_inside()
         await lets_go(lambda: not pool._growing)
+        assert self.shared is not None
+        self.shared.is_open = True
         self.outside = self._put_in(self._inside)
         for connection in pool._out:
             self._guarded.append(connection)
             connection.wait = partial(_refuse_outside, connection)
         self.active = True
+        self._inside["_waiting"].extend(self.outside["_waiting"])  # workers, who get lanes as well
+        self.outside["_waiting"].clear()
+        while pool._waiting and pool._nconns < pool._max_size:
+            pool._nconns += 1
+            await pool._add_to_pool(await pool._connect())
 
     async def end(self) -> None:
         """Take them out, and undo what they did."""

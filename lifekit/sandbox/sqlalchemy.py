@@ -32,7 +32,7 @@ class EngineSandbox(Sandbox):
 
     def __init__(self, engine: Any) -> None:
         self.fairies: set[Any] = set()  # the block's connections that are out, or were
-        self._engine = engine
+        self.engine = engine
         self._shared: Shared | None = None
         self._real: Any = None  # the record, as SQLAlchemy calls it, of the real connection
         self._lanes: list[Any] = []  # connections of the dialect's
@@ -43,7 +43,7 @@ class EngineSandbox(Sandbox):
 
     async def begin(self) -> None:
         """Give the engine a pool whose connections are lanes of one real connection."""
-        engine = self._engine
+        engine = self.engine
         if self._real is None or self._adapted()._connection.is_closed():
             await self._drop_inside()
             self._real = await greenlet_spawn(_POOL._create_connection, engine.pool)
@@ -56,7 +56,7 @@ class EngineSandbox(Sandbox):
         assert self._shared is not None
         self._outside, engine.pool = engine.pool, self._inside
         for fairy in self._outside._use.out():
-            self._redirect(fairy)
+            self.redirect(fairy)
         self._shared.begin()
 
     async def end(self) -> None:
@@ -74,7 +74,7 @@ class EngineSandbox(Sandbox):
             if strays
             else None
         )
-        self._inside = self._engine.pool  # another one, if the application disposed of it
+        self._inside = self.engine.pool  # another one, if the application disposed of it
         self._take_out()
         try:
             await self._shared.end()
@@ -97,7 +97,7 @@ class EngineSandbox(Sandbox):
         if self._outside is not None:
             self._take_out()
         if self._real is not None and self._real.dbapi_connection is not None:
-            self._engine.dialect.do_terminate(self._real.dbapi_connection)
+            self.engine.dialect.do_terminate(self._real.dbapi_connection)
 
     def _adapted(self) -> Any:
         return self._real.dbapi_connection
@@ -114,6 +114,15 @@ class EngineSandbox(Sandbox):
         self._lanes.append(made)
         return made
 
+    @property
+    def active(self) -> bool:
+        """Whether a block runs."""
+        return self._outside is not None
+
+    def is_outside(self, pool: Any) -> bool:
+        """Return whether a block runs, and *pool* is what the engine has otherwise."""
+        return self.active and pool is self._outside
+
     def _strays(self) -> list[Lane]:
         out = [fairy.dbapi_connection for fairy in self.fairies if fairy.dbapi_connection is not None]
         lanes = [lane_of(adapted._connection) for adapted in out]
@@ -122,10 +131,10 @@ class EngineSandbox(Sandbox):
         return [lane for lane in lanes if lane is not None]
 
     def _take_out(self) -> None:
-        self._engine.pool, self._outside = self._outside, None
+        self.engine.pool, self._outside = self._outside, None
         for fairy in self.fairies:
             if fairy.dbapi_connection is not None:
-                self._engine.dialect.do_terminate(fairy.dbapi_connection)
+                self.engine.dialect.do_terminate(fairy.dbapi_connection)
                 if fairy._connection_record is not None:
                     fairy._connection_record.fairy_ref = None  # so that no collection warns of it
         self.fairies.clear()
@@ -148,7 +157,7 @@ class EngineSandbox(Sandbox):
             if made._connection._protocol.lane.in_transaction:
                 made._connection.terminate()
 
-    def _redirect(self, fairy: Any) -> None:
+    def redirect(self, fairy: Any) -> None:
         # Taken before the block, it is a lane as well while that lasts. What it prepared itself, it
         # prepared elsewhere.
         adapted = fairy.dbapi_connection
@@ -217,9 +226,16 @@ class _SandboxedPool(Pool):
         refuse_stragglers("a SQLAlchemy engine")
         fairy: Any = super().connect()
         lane = lane_of(fairy.dbapi_connection._connection)
-        if lane is not None:
+        sandbox = self._sandbox
+        if lane is None and sandbox.is_outside(self):  # a block began while it waited
+            sandbox.redirect(fairy)
+        elif lane is not None and not sandbox.active:  # it ended
+            fairy.invalidate()
+            refuse_stragglers("a SQLAlchemy engine")
+            return sandbox.engine.pool.connect()
+        elif lane is not None:
             lane.acquired(user_frame())
-            self._sandbox.fairies.add(fairy)
+            sandbox.fairies.add(fairy)
         return fairy
 
     def recreate(self) -> Any:

@@ -25,6 +25,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from lifekit._backend import running_loop
 from lifekit._errors import LifekitError, SandboxError
 from lifekit._lifespan import Lifespan
+from lifekit._overrides import overrides
 from lifekit._sandbox import Block
 from lifekit._stack import Site
 from lifekit.asgi import ASGIApp
@@ -245,12 +246,18 @@ class Run:
         if type(loop) in self._failed:
             raise self._failed[type(loop)]
         service = running(app, sandboxed=True)
+        of_test = overrides.get()
+        if not kind.endswith("function"):  # else those of the first test would serve the others
+            overrides.set(())
         try:
             with self._timed(kind, 1):
                 served = await service.__aenter__()
         except Exception as error:
-            self._failed[type(loop)] = error
+            if not kind.endswith("function"):  # else it may have been an override of this test
+                self._failed[type(loop)] = error
             raise
+        finally:
+            overrides.set(of_test)
         registries = {each.registry for each in served.lifespans}
         yield served
         with self._timed(kind, 0):
