@@ -270,9 +270,9 @@ def _sorted(kind: Any) -> Any:
 
         def put_nowait(self, holder: Any) -> None:
             if holder in self.own or (self.outside is None and not isinstance(holder, _InsideHolder)):
-                cast(Any, super()).put_nowait(holder)
-            elif not isinstance(holder, _InsideHolder):  # it was out when the block began
-                self.outside.put_nowait(holder)
+                super().put_nowait(holder)
+            elif self.outside is not None and not isinstance(holder, _InsideHolder):
+                self.outside.put_nowait(holder)  # it was out when the block began
 
     return Queue
 
@@ -518,9 +518,8 @@ class SandboxedPool:
         return connection
 
     def _get_new_connection(self) -> Awaitable[Any]:
-        sandbox = _connecting.get()
-        if sandbox is self._sandbox:
-            return sandbox.connect()
+        if _connecting.get() is self._sandbox:
+            return self._sandbox.connect()
         return cast(Awaitable[Any], cast(Any, super())._get_new_connection())
 
 

@@ -124,10 +124,10 @@ class RedisSandbox(Sandbox):
             self._may_ask.clear()
             with suppress(*FAILURES):
                 waited = await lease.unblock(list(busy))
-                for _ in range(100):
+                for turn in range(1100):  # its answer may take a moment
                     if not waited & self._pool._in_use_connections:
                         break
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0 if turn < 100 else 0.001)
                 if waited == busy:
                     return
             self._may_ask.set()  # one has got a job, which it may end
