@@ -270,7 +270,7 @@ def _sorted(kind: Any) -> Any:
 
         def put_nowait(self, holder: Any) -> None:
             if holder in self.own or (self.outside is None and not isinstance(holder, _InsideHolder)):
-                super().put_nowait(holder)
+                kind.put_nowait(self, holder)
             elif self.outside is not None and not isinstance(holder, _InsideHolder):
                 self.outside.put_nowait(holder)  # it was out when the block began
 
