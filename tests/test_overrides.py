@@ -15,7 +15,15 @@ from anyio.from_thread import start_blocking_portal
 from fastapi import Depends, FastAPI, Request
 from starlette.testclient import TestClient
 
-from lifekit import Lifespan, NotOpenError, OverrideError, Registry, Resource, StartupError
+from lifekit import (
+    Lifespan,
+    NotOpenError,
+    OverrideError,
+    Registry,
+    Resource,
+    ShutdownError,
+    StartupError,
+)
 from lifekit.testing import client
 
 pytestmark = pytest.mark.anyio
@@ -483,3 +491,45 @@ def test_a_portal_of_one_s_own_carries_the_override_of_its_thread(shop: Shop) ->
 
     with shop.registry.override(shop.cache, Part("fake")), start_blocking_portal() as portal:
         assert portal.call(look) == "fake"
+
+
+async def test_an_inner_end_that_fails_leaves_the_lifespan_as_it_was(shop: Shop) -> None:
+    async def failing() -> AsyncGenerator[Part]:
+        yield Part("failing")
+        raise ZeroDivisionError
+
+    async with shop.registry.lifespan() as lifespan:
+        before = dict(lifespan)
+        outer, inner = AsyncExitStack(), AsyncExitStack()
+        await outer.enter_async_context(lifespan.override(shop.cache, factory=shop.factory("outer")))
+        await inner.enter_async_context(lifespan.override(shop.mail, factory=failing))
+        with pytest.raises(ShutdownError):
+            await outer.aclose()
+        assert dict(lifespan) == before
+        assert "-outer" in shop.log
+        await inner.aclose()
+
+
+async def test_of_two_overrides_built_at_once_the_second_is_refused(shop: Shop) -> None:
+    began, go = anyio.Event(), anyio.Event()
+
+    async def slow() -> Part:
+        began.set()
+        await go.wait()
+        return Part("slow")
+
+    async with shop.registry.lifespan() as lifespan:
+
+        async def first() -> None:
+            with pytest.raises(OverrideError, match="another override of this lifespan began"):
+                async with lifespan.override(shop.cache, factory=slow):
+                    pytest.fail("it began")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(first)
+            await began.wait()
+            async with lifespan.override(shop.mail, Part("other")):
+                go.set()
+                await anyio.wait_all_tasks_blocked()
+                assert lifespan[shop.mail].name == "other"
+        assert lifespan[shop.cache].name == "cache"

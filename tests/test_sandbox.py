@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -346,3 +347,49 @@ async def test_the_end_of_the_lifespan_gives_the_sandbox_up_although_that_fails(
 async def entered(shop: Shop) -> Lifespan:
     """Return a lifespan that runs."""
     return await shop.registry.lifespan().__aenter__()
+
+
+async def test_what_is_built_in_a_block_opens_and_closes_inside_it(shop: Shop) -> None:
+    """Also what is built from it: its factory and its closing find the block begun."""
+
+    @shop.registry.resource(shop.orders)
+    async def seed(orders: Table) -> AsyncGenerator[None]:
+        orders.log.append(f"seed {orders.name}")
+        yield
+        orders.log.append(f"unseed {orders.name}")
+
+    def make(users: Table) -> Table:
+        return Table("other", shop.log)
+
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan, lifespan.sandbox():
+            taken(shop.log)
+            async with lifespan.override(shop.orders, factory=make):
+                assert taken(shop.log) == ["open other", "begin other", "seed other"]
+            assert taken(shop.log) == ["unseed other", "end other", "give up other", "close other"]
+
+
+async def test_an_override_that_outlives_its_block_ends_with_it_and_is_named(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            before = lifespan[shop.orders]
+            left = AsyncExitStack()
+            with pytest.raises(SandboxEscapedError, match="the override made at tests/test_sandb"):
+                async with lifespan.sandbox():
+                    override = lifespan.override(shop.orders, Table("other", shop.log))
+                    await left.enter_async_context(override)
+            assert lifespan[shop.orders] is before
+            await left.aclose()
+
+
+async def test_a_block_is_entered_once(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            block = lifespan.sandbox()
+            async with block:
+                pass
+            with pytest.raises(SandboxError, match="was entered before"):
+                async with block:
+                    pytest.fail("it began again")
+            async with lifespan.sandbox():
+                pass

@@ -179,7 +179,9 @@ class Lane(Holder):
             shared.acts += 1
             try:
                 await self._remember_settings(script)
-                return await send()
+                result = await send()
+                shared.limits_lost |= script.session and _resets_all(script)
+                return result
             except BaseException as error:
                 self.doubtful = True
                 shared.explain(error, in_transaction=True)
@@ -194,6 +196,7 @@ class Lane(Holder):
             try:
                 await self._remember_settings(script)
                 result = await send()
+                shared.limits_lost |= script.session and _resets_all(script)
             except Exception as error:
                 shared.explain(error, in_transaction=False)
                 raise
@@ -214,17 +217,16 @@ class Lane(Holder):
             self.has_cursors |= statement.needs_transaction == "DECLARE CURSOR"
             if _STATEMENTS.match(statement.text):
                 self.shared.dirty = True
-            if _RESET_ALL.match(statement.text):
-                self.shared.limits_lost = True
 
     async def _commit_kept(self) -> None:
-        if await self.shared.defers():
-            await self.shared.check_deferred()
         settings, self._settings = self._settings, {}
-        if settings:
-            pairs = settings.items()
-            calls = [f"set_config({literal(name)}, {literal(old)}, true)" for name, old in pairs]
-            await self.shared.control(f"SELECT {', '.join(calls)}")
+        pairs = settings.items()
+        calls = [f"set_config({literal(name)}, {literal(old)}, true)" for name, old in pairs]
+        restore = f"SELECT {', '.join(calls)}" if calls else ""
+        if await self.shared.defers():
+            await self.shared.check_deferred(restore)
+        elif restore:
+            await self.shared.control(restore)
 
     async def _remember_settings(self, script: Script) -> None:
         # What is set for a transaction ends with the real one, which is later than the application's.
@@ -470,6 +472,10 @@ class Lane(Holder):
                 f"a savepoint of the application can't be called {statement.name!r}: the sandbox's own "
                 "are. Give it another name."
             )
+
+
+def _resets_all(script: Script) -> bool:
+    return any(_RESET_ALL.match(statement.text) for statement in script.statements)
 
 
 def _messages(script: Script) -> Iterator[str]:

@@ -58,7 +58,8 @@ _DEFER_AGAIN = """DO $lifekit$ DECLARE names text; BEGIN
 SELECT string_agg(DISTINCT format('%I.%I', nspname, conname), ', ') INTO names
 FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace AS n ON n.oid = connamespace
 WHERE condeferred AND conparentid = 0;
-IF names IS NOT NULL THEN EXECUTE 'SET CONSTRAINTS ' || names || ' DEFERRED'; END IF; END $lifekit$"""
+IF names IS NOT NULL THEN EXECUTE 'SET CONSTRAINTS ' || names || ' DEFERRED'; END IF;
+EXCEPTION WHEN insufficient_privilege THEN NULL; END $lifekit$"""
 
 
 _CLOSE_CURSORS = """DO $lifekit$ DECLARE commands text; BEGIN
@@ -272,10 +273,10 @@ class Shared:
         asked = f"SELECT current_setting({literal(name)}, true)"
         return await Uncut(self.wire.ask(asked)) or ""
 
-    async def check_deferred(self) -> None:
+    async def check_deferred(self, then: str) -> None:
         """Check the constraints that a commit would check, and defer again what begins deferred."""
         try:
-            await self.control(f"SET CONSTRAINTS ALL IMMEDIATE; {_DEFER_AGAIN}")
+            await self.control(f"SET CONSTRAINTS ALL IMMEDIATE; {then}; {_DEFER_AGAIN}")
         except BaseException:
             self.savepoint = Savepoint.UNDONE
             raise

@@ -452,12 +452,16 @@ class PoolSandbox(Sandbox):
         for connection in self._held():
             connection.terminate()
         for connection, protocol, statements in self._redirected:
+            lane = lane_of(connection)
+            if connection._protocol is None or (lane is not None and lane.closed):
+                self._twins.pop(connection, None)
+                protocol.abort()  # for the application closed it
+                continue
             if _is_busy(connection):
                 connection._top_xact = None
                 connection._protocol.abort()
                 del self._twins[connection]
-            if connection._protocol is not None:
-                connection._protocol, connection._stmt_cache = protocol, statements
+            connection._protocol, connection._stmt_cache = protocol, statements
         self._redirected.clear()
         self.active = False
         inside = self._put_in(self._outside)._replace(closing=False, closed=False)

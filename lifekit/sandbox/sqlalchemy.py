@@ -158,8 +158,8 @@ class EngineSandbox(Sandbox):
                 made._connection.terminate()
 
     def redirect(self, fairy: Any) -> None:
-        # Taken before the block, it is a lane as well while that lasts. What it prepared itself, it
-        # prepared elsewhere.
+        """Let a connection that was taken before the block be a lane as well while that lasts."""
+        # What it prepared itself, it prepared elsewhere.
         adapted = fairy.dbapi_connection
         connection, statements = adapted._connection, adapted._prepared_statement_cache
         if connection._protocol is None:

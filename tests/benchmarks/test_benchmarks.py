@@ -19,6 +19,7 @@ BARRED = {
     "import": "import lifekit",
     "memory": "memory of a live resource",
     "request": "request with Depends(handle)",
+    "redis": "a sandboxed test of one Redis command",
 }
 
 
@@ -32,7 +33,18 @@ def heap_of_the_test_run() -> Iterator[None]:
 
 def test_every_benchmark_has_an_expected_row() -> None:
     """No benchmark is added or lost without this module being told."""
-    assert set(command.BENCHMARKS) == set(BARRED)
+    assert set(command.BENCHMARKS) == {*BARRED, "sandbox", "suites"}
+
+
+def test_benchmarks_of_isolation_have_two_bars_each() -> None:
+    """A test and a statement; the two kinds of fixtures that the plugin's are compared with."""
+    rows = command.BENCHMARKS["sandbox"].tiny() + command.BENCHMARKS["suites"].tiny()
+    assert [row.what.split(":")[0] for row in rows if row.has_bar] == [
+        "a sandboxed test of one query",
+        "a statement in the sandbox",
+        "2 tests",
+        "2 tests",
+    ]
 
 
 @pytest.mark.parametrize("name", BARRED)

@@ -1480,3 +1480,133 @@ async def test_the_whole_server_stopped_during_a_block(outside: Outside) -> None
             with pytest.raises((exceptions.PostgresError, OSError)):
                 async with lifespan.sandbox():
                     await pool.fetchval("SELECT 1")
+
+
+# -- who waits while a block begins or ends ---------------------------------------------------------
+
+
+async def test_a_statement_that_comes_when_the_connection_is_promised_keeps_its_time_limit(
+    app: Any,
+) -> None:
+    go = asyncio.Event()
+    first, second, third = [await app.acquire() for _ in range(3)]
+    transaction = first.transaction()
+    await transaction.start()
+    await first.execute(ADD)
+
+    async def other() -> None:
+        async with third.transaction():
+            await third.execute(ADD)
+            await go.wait()
+
+    task = asyncio.create_task(other())
+    for _ in range(10):  # until it waits
+        await checkpoint()
+    await transaction.commit()  # wakes the other, which has not run yet
+    await second.execute(ADD, timeout=5)  # the other has only begun, and lends
+    with pytest.raises(TimeoutError):
+        await second.execute(ADD, timeout=0.1)
+    go.set()
+    await task
+    await second.execute(ADD)
+    for connection in (first, second, third):
+        await app.release(connection)
+
+
+async def test_who_waits_for_a_connection_when_the_block_ends_gets_none(box: Box) -> None:
+    lifespan, pool = await box.open(max_size=1)
+    stack, late = AsyncExitStack(), None
+    with pytest.raises(SandboxEscapedError, match="had not been given back"):
+        async with stack, lifespan.sandbox():
+            await pool.acquire()
+            late = asyncio.create_task(pool.execute(ADD))
+            await asyncio.sleep(0)
+    assert late is not None
+    with pytest.raises(SandboxEscapedError, match="which has ended"):
+        await late
+    async with lifespan.sandbox():
+        assert await pool.fetchval(COUNT) == 2
+    assert await pool.fetchval(COUNT) == 2
+
+
+async def test_a_worker_that_waits_when_a_block_begins_works_inside_it(box: Box) -> None:
+    lifespan, pool = await box.open(max_size=1)
+    for leave in ("close", "release"):
+        held = await pool.acquire()
+        worker = asyncio.create_task(pool.execute(ADD))
+        await asyncio.sleep(0)
+        async with lifespan.sandbox():
+            if leave == "close":
+                await held.close()
+            await pool.release(held)
+            await worker
+            assert await pool.fetchval(COUNT) == 3
+        assert await pool.fetchval(COUNT) == 2
+        assert box.outside.ask(COUNT) == 2
+    async with pool.acquire() as connection:  # the real thing again
+        await connection.execute("CREATE TABLE app.lasting (a int)")
+    assert box.outside.ask("SELECT count(*) FROM app.lasting") == 0
+    await pool.execute("DROP TABLE app.lasting")
+
+
+async def test_a_connection_in_the_making_when_the_block_ends_does_nothing_more(box: Box) -> None:
+    made = asyncio.Event()
+
+    async def init(connection: Any) -> None:
+        if hasattr(connection._protocol, "lane"):
+            await made.wait()
+
+    lifespan, pool = await box.open(init=init)
+    async with lifespan.sandbox():
+        late = asyncio.create_task(pool.execute(ADD))
+        await asyncio.sleep(0)
+    made.set()
+    with pytest.raises(SandboxEscapedError):
+        await late
+    async with lifespan.sandbox():
+        assert await pool.fetchval(COUNT) == 2
+
+
+# -- the session of the real connection --------------------------------------------------------------
+
+
+async def test_what_is_set_for_a_transaction_by_any_name_ends_with_it(app: Any) -> None:
+    show = "SELECT current_setting('role'), current_setting('timezone'), current_setting('a.b', true)"
+    async with app.acquire() as connection:
+        before = await connection.fetchrow(
+            "SELECT current_setting('role'), current_setting('timezone')"
+        )
+        async with connection.transaction():
+            await connection.execute("SET LOCAL ROLE pg_monitor")
+            await connection.execute("SET LOCAL TIME ZONE 'Asia/Tokyo'")
+            await connection.execute("SELECT set_config('a.b', $1, true)", "7")
+            assert tuple(await connection.fetchrow(show)) == ("pg_monitor", "Asia/Tokyo", "7")
+        assert tuple(await connection.fetchrow(show)) == (*before, "")
+        async with connection.transaction():
+            await connection.execute("SELECT set_config('a.b', lower('X'), false)")
+        assert (await connection.fetchrow(show))[2] == "x"
+        with pytest.raises(SandboxUnsupportedError, match="a name that is not in the text"):
+            await connection.execute("SELECT set_config($1, $2, true)", "a.b", "8")
+
+
+async def test_a_reset_leaves_the_limit_for_locks(app: Any) -> None:
+    async with app.acquire() as connection:
+        await connection.execute("SET application_name = 'x'")
+    assert await app.fetchval("SHOW application_name") != "x"
+    assert await app.fetchval("SHOW lock_timeout") == "9999ms"
+
+
+async def test_a_limit_for_idle_transactions_does_not_end_the_real_one(box: Box) -> None:
+    limit = {"idle_in_transaction_session_timeout": "20"}
+    lifespan, pool = await box.open(server_settings=limit)
+    async with lifespan.sandbox():
+        await pool.execute(ADD)
+        async with asyncio.timeout(0.1):
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        assert await pool.fetchval(COUNT) == 3
+
+
+async def test_strings_can_t_be_given_another_meaning(app: Any) -> None:
+    with pytest.raises(SandboxUnsupportedError, match="how strings are written"):
+        await app.execute("SET standard_conforming_strings = off")

@@ -477,3 +477,26 @@ def test_a_run_that_uses_none_of_it_imports_none_of_it(inner: Inner) -> None:
             assert not [each for each in sys.modules if each.startswith("lifekit.testing")]
         """
     inner.run_apart(test_it=code).assert_outcomes(passed=1)
+
+
+def test_an_override_around_one_test_never_reaches_the_others(inner: Inner) -> None:
+    code = """
+        import pytest
+        from lifekit import OverrideError
+        from tests.testing.plugin_cases.memory import Notes, notes, registry
+
+        @pytest.fixture
+        def other():
+            with pytest.raises(OverrideError, match="this override changes nothing"):
+                with registry.override(notes, Notes()):
+                    yield
+
+        @pytest.mark.asyncio
+        async def test_first(other, client): ...
+
+        @pytest.mark.asyncio
+        async def test_second(client, lifespan):
+            assert "notes" in lifespan
+        """
+    inner.ini(asyncio_default_test_loop_scope="session", asyncio_default_fixture_loop_scope="session")
+    inner.run(*ASYNCIO, test_it=code).assert_outcomes(passed=2)
