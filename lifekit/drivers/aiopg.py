@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Sequence
 from traceback import walk_tb
 from typing import Any
@@ -16,21 +15,10 @@ from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
 from . import Driver, Sandbox
+from ._libpq import is_transient
 from ._loans import Loan, Loans, mix_in
 
 loans: Loans = Loans("aiopg")
-# Of a connection that was never made psycopg2 gives no SQLSTATE, only libpq's text.
-_TRANSIENT = re.compile(
-    r"connection (refused|reset)|timeout expired|timed out|EOF detected"
-    r"|server closed the connection unexpectedly|temporary failure in name resolution"
-    r"|(failed|server): no such file or directory"
-    r"|the database system is (starting|shutting|in recovery|not (yet )?accepting)"
-    r"|too many (clients|connections)|connection slots are reserved"
-    r"|terminating connection due to administrator command",
-    re.IGNORECASE,
-)
-# These win: one text tells of every host, and quotes names that may say anything.
-_PERMANENT = re.compile(r"authentication|password|does not exist|not permitted|certificate", re.I)
 _MEND = "Return aiopg.create_pool(...) from the factory, so that each lifespan gets its own."
 
 
@@ -120,9 +108,7 @@ class AiopgDriver(Driver[Pool]):
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or hung up on us."""
-        if not isinstance(error, psycopg2.OperationalError) or _PERMANENT.search(str(error)):
-            return False
-        return _TRANSIENT.search(str(error)) is not None
+        return isinstance(error, psycopg2.OperationalError) and is_transient(error)
 
     def salvage(self, error: BaseException) -> None:
         """Close what a pool had opened when it failed to open: nobody else knows it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from traceback import walk_tb
@@ -20,6 +19,7 @@ from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
 from . import Driver, Sandbox
+from ._libpq import is_transient
 from ._loans import Loans
 
 if TYPE_CHECKING:
@@ -28,18 +28,6 @@ else:
     Pool = AsyncConnectionPool
 
 loans: Loans = Loans("psycopg_pool")
-# Of a connection that was never made psycopg gives no SQLSTATE, only libpq's text.
-_TRANSIENT = re.compile(
-    r"connection (refused|reset)|timeout expired|timed out|EOF detected"
-    r"|server closed the connection unexpectedly|temporary failure in name resolution"
-    r"|(failed|server): no such file or directory"
-    r"|the database system is (starting|shutting|in recovery|not (yet )?accepting)"
-    r"|too many (clients|connections)|connection slots are reserved"
-    r"|terminating connection due to administrator command",
-    re.IGNORECASE,
-)
-# These win: one text tells of every host, and quotes names that may say anything.
-_PERMANENT = re.compile(r"authentication|password|does not exist|not permitted|certificate", re.I)
 _MEND = (
     "Return AsyncConnectionPool(..., open=False) from the factory, so that each lifespan gets its own."
 )
@@ -175,9 +163,7 @@ class PsycopgDriver(Driver[Pool]):
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or hung up on us."""
-        if not isinstance(error, psycopg.OperationalError) or _PERMANENT.search(str(error)):
-            return False
-        return _TRANSIENT.search(str(error)) is not None
+        return isinstance(error, psycopg.OperationalError) and is_transient(error)
 
     def salvage(self, error: BaseException) -> None:
         """Cut off a pool whose opening failed inside a factory: its tasks would go on."""
