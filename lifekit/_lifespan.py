@@ -55,7 +55,7 @@ class Lifespan(Mapping[str, Any]):
         self._root = root or self
         self._sandboxing: Sandboxing | None = None
         self._sandboxes: list[tuple[str, Sandbox]] | None = None
-        self._own: dict[Resource[Any], Any] = {}  # the engine's; served from `values` unless overridden
+        self._own: dict[Resource[Any], Any] = {}  # the engine's, which is `live` too unless overridden
         self._overrides: Overrides = {}
         self._base = self._plan = plan
         self._names = {resource.name: resource for resource in plan.resources}

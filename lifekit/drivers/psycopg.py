@@ -20,7 +20,7 @@ from lifekit._redact import redact
 
 from . import Driver, Sandbox
 from ._libpq import is_transient
-from ._loans import Loans
+from ._loans import Loans, named_like
 
 if TYPE_CHECKING:
     Pool = AsyncConnectionPool[Any]
@@ -77,8 +77,9 @@ def _noting(kind: Any) -> Any:
 
 def called_like(kind: Any, derived: Any) -> Any:
     """Give *derived* the names of *kind*, for which it is to pass."""
-    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
-        setattr(derived, name, getattr(kind, name))
+    derived.__name__ = kind.__name__
+    for name, value in named_like(kind).items():
+        setattr(derived, name, value)
     return derived
 
 

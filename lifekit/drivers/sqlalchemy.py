@@ -186,15 +186,8 @@ def use_of(value: AsyncEngine) -> Use:
     return _uses.setdefault(root(value.sync_engine), Use())
 
 
-def mix(noting: type[Pool], pool: Any) -> None:
-    """Let *pool*, and what it recreates, do what *noting* does."""
-    module = type(pool).__module__
-    mix_in(noting, pool)
-    type(pool).__module__ = module  # it is part of the name of the pool's logger
-
-
 def _note(pool: Any, use: Use) -> Any:
-    mix(_Noting, pool)
+    mix_in(_Noting, pool)
     pool._use = use
     return pool
 

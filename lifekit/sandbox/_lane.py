@@ -71,10 +71,6 @@ class Lane(Holder):
         """Return whether its next statement can't run at once."""
         return self.shared.busy_for(self)
 
-    def unique_name(self) -> str:
-        """Return a name for a statement that has none, which the end of the block deallocates."""
-        return self.shared.unique_name()
-
     def goes_directly(self, text: str) -> bool:
         """Return whether there is nothing more to a statement than sending it."""
         script = read(text)
@@ -358,7 +354,8 @@ class Lane(Holder):
             self._refuse_chain("COMMIT", chain)
             return "COMMIT"
         if not self.holding:  # it did nothing
-            return await self._end_what_it_lent("COMMIT", chain=chain)
+            self._end_what_it_lent(chain=chain)
+            return "COMMIT"
         shared = self.shared
         if not await self._works():
             return await self.rollback(chain=chain)
@@ -382,7 +379,7 @@ class Lane(Holder):
             self.shared.savepoint = Savepoint.UNDONE
             await self._end(chain=chain)
         elif self.in_transaction:
-            await self._end_what_it_lent("ROLLBACK", chain=chain)
+            self._end_what_it_lent(chain=chain)
         else:
             self._refuse_chain("ROLLBACK", chain)
         return "ROLLBACK"
@@ -401,10 +398,9 @@ class Lane(Holder):
         self.in_transaction = self.holding = False
         self.shared.leave(self)
 
-    async def _end_what_it_lent(self, tag: str, *, chain: bool) -> str:
+    def _end_what_it_lent(self, *, chain: bool) -> None:
         self.in_transaction = chain
         self.used = False
-        return tag
 
     async def _end(self, *, chain: bool) -> None:
         if chain:

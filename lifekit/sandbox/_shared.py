@@ -20,7 +20,7 @@ import secrets
 from contextlib import suppress
 from enum import Enum, auto
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from lifekit._errors import (
     SandboxBusyError,
@@ -34,8 +34,6 @@ from ._uncut import Uncut
 
 if TYPE_CHECKING:
     from ._lane import Lane
-
-T = TypeVar("T")
 
 PATIENCE = 5.0
 """Seconds that a statement waits for a transaction in which nothing happens."""
@@ -60,8 +58,6 @@ FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace AS n ON n.oid = conna
 WHERE condeferred AND conparentid = 0;
 IF names IS NOT NULL THEN EXECUTE 'SET CONSTRAINTS ' || names || ' DEFERRED'; END IF;
 EXCEPTION WHEN insufficient_privilege THEN NULL; END $lifekit$"""
-
-
 _CLOSE_CURSORS = """DO $lifekit$ DECLARE commands text; BEGIN
 SELECT string_agg('CLOSE ' || quote_ident(name), ';') INTO commands FROM pg_catalog.pg_cursors
 WHERE NOT is_holdable;
@@ -287,7 +283,6 @@ class Shared:
 
     async def control(self, sql: str, *, leads_to: Savepoint | None = None) -> None:
         """Send the sandbox's own statements."""
-
         try:
             await Uncut(self._send(sql, leads_to))
         except Exception as error:
@@ -338,9 +333,3 @@ _NEEDS_NONE = (
     "PostgreSQL runs this outside of transactions only, and in the sandbox all runs inside one. Run "
     f"the test without a sandbox: {ALONE}."
 )
-
-
-def __getattr__(name: str) -> Any:
-    from . import _holders, _lane
-
-    return getattr(_lane, name, None) or getattr(_holders, name)

@@ -189,7 +189,7 @@ class _LaneProtocol:
     async def prepare(self, name: str, query: str, seconds: Any, **options: Any) -> Any:
         """Have a statement parsed."""
         # The real connection has one statement without a name, and each of its lanes may want one.
-        unique = name or self.lane.unique_name()
+        unique = name or self.lane.shared.unique_name()
         send = partial(self.real.prepare, unique, query, seconds, **options)
         try:
             return await self.one_at_a_time(self.lane.prepare(send), seconds)
@@ -433,7 +433,7 @@ class PoolSandbox(Sandbox):
             return
         self._redirected.append((connection, real, connection._stmt_cache))
         if real.is_in_transaction():
-            connection._protocol = _OutsideProtocol(connection)
+            connection._protocol = OutsideProtocol(real, connection.get_reset_query(), "ROLLBACK")
             return
         twin = self._twins.get(connection)
         if twin is None:
@@ -468,15 +468,18 @@ class PoolSandbox(Sandbox):
         self._inside = inside if inside.queue.full() else None
 
 
-class _OutsideProtocol:
+_SENDS = {"bind", "bind_execute", "bind_execute_many", "copy_in", "copy_out", "execute", "prepare"}
+
+
+class OutsideProtocol:
     """Stands before a connection that was in a transaction when the block began."""
 
-    def __init__(self, connection: Any) -> None:
-        self._real = connection._protocol
-        self._allowed = {connection.get_reset_query(), "ROLLBACK"}
+    def __init__(self, protocol: Any, *allowed: str) -> None:
+        self._real = protocol
+        self._allowed = allowed  # what releases it
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+        return self._refuse if name in _SENDS else getattr(self._real, name)
 
     async def query(self, query: str, seconds: Any) -> Any:
         """Let only a release pass."""
@@ -489,8 +492,6 @@ class _OutsideProtocol:
             "this connection was in a transaction when the sandbox began, and what that does would "
             "last. End the transaction first, or begin it inside the sandbox."
         )
-
-    prepare = bind_execute = bind_execute_many = bind = execute = copy_out = copy_in = _refuse
 
 
 class SandboxedPool:

@@ -17,12 +17,13 @@ from sqlalchemy.util import greenlet_spawn
 from lifekit._errors import SandboxEscapedError, SandboxUnsupportedError
 from lifekit._sandbox import refuse_stragglers
 from lifekit.drivers import Sandbox
-from lifekit.drivers.sqlalchemy import loans, mix, root, use_of, user_frame
+from lifekit.drivers._loans import mix_in
+from lifekit.drivers.sqlalchemy import loans, root, use_of, user_frame
 
 from ._holders import ALONE, escaped_strays, lets_go
 from ._lane import Lane
 from ._shared import Shared
-from .asyncpg import RealConnection, connect, lane_of
+from .asyncpg import OutsideProtocol, RealConnection, connect, lane_of
 
 _POOL: Any = Pool
 
@@ -166,7 +167,7 @@ class EngineSandbox(Sandbox):
             return
         if connection.is_in_transaction():
             self._guarded.append((connection, connection._protocol))
-            connection._protocol = _OutsideProtocol(connection._protocol)
+            connection._protocol = OutsideProtocol(connection._protocol, "ROLLBACK;")
             return
         made = self._made_lane()
         made._connection._protocol.lane.acquired_before(loans.of(fairy))
@@ -184,37 +185,6 @@ class EngineSandbox(Sandbox):
         real, self._real = self._real, None
         if real is not None:
             await greenlet_spawn(real.close)
-
-    def _guard_what_is_out(self) -> None:
-        for fairy in self._outside._use.out():
-            connection = fairy.dbapi_connection._connection
-            if connection._protocol is not None:
-                self._guarded.append((connection, connection._protocol))
-                connection._protocol = _OutsideProtocol(connection._protocol)
-
-
-class _OutsideProtocol:
-    """Stands before a connection that was in a transaction when the block began."""
-
-    def __init__(self, protocol: Any) -> None:
-        self._protocol = protocol
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._protocol, name)
-
-    async def query(self, query: str, seconds: Any) -> Any:
-        """Let only the rollback pass with which it goes back to its pool."""
-        if query != "ROLLBACK;":
-            await self._refuse()
-        return await self._protocol.query(query, seconds)
-
-    async def _refuse(self, *args: Any, **options: Any) -> Any:
-        raise SandboxEscapedError(
-            "this session or connection was in a transaction when the sandbox began, and what that "
-            "does would last. End the transaction first, or begin it inside the sandbox."
-        )
-
-    prepare = bind_execute = bind_execute_many = bind = execute = copy_out = copy_in = _refuse
 
 
 class _SandboxedPool(Pool):
@@ -258,7 +228,7 @@ class UnsupportedSandbox(Sandbox):
 
 
 def _watched(pool: Any, sandbox: EngineSandbox) -> Any:
-    mix(_SandboxedPool, pool)
+    mix_in(_SandboxedPool, pool)
     pool._sandbox = sandbox
     return pool
 
