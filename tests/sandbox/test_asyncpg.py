@@ -29,7 +29,7 @@ from lifekit import (
 from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
-from .applications import SCHEMA
+from .differential import SCHEMA
 
 pytestmark = pytest.mark.anyio
 

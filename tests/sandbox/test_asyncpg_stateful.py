@@ -4,175 +4,170 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lifekit import Registry
 from lifekit.embedded import Server
-from lifekit.testing import sandboxing
 
-from .applications import POOL, SCHEMA, Application, Op
+from .differential import (
+    DDL,
+    POOL,
+    READS,
+    Application,
+    Client,
+    Limit,
+    Op,
+    Worlds,
+    calm,
+    sequences_of,
+    sql,
+    text_of,
+    worlds_of,
+)
 
-READS = [
-    "SELECT id, v FROM app.parent ORDER BY id",
-    "SELECT id, parent, strict, u FROM app.child ORDER BY id",
-    "SELECT id, v FROM app.item ORDER BY id",
-    "SELECT line FROM app.log ORDER BY line",
-    "SELECT * FROM app.parent ORDER BY id",
-    "SELECT v::int FROM app.parent ORDER BY id",
-    "SELECT 1/0",
-    "SELECT nonsense",
-    "SHOW transaction_isolation",
-    "SHOW transaction_read_only",
-    "SHOW transaction_deferrable",
-    "SHOW work_mem",
-    "SHOW search_path",
-    "SELECT current_setting('app.name', true)",
-    "SELECT set_config('app.name', 'ann', true)",
-    "SELECT set_config('app.name', 'bob', false)",
-    "SELECT set_config('work_mem', '123kB', true)",
-    "SELECT nextval('app.item_id_seq')",
-    "SELECT currval('app.item_id_seq')",
-    "SELECT lastval()",
-    "SELECT setval('app.item_id_seq', 50)",
-    "SELECT to_regclass('app.extra')::text",
-    "SELECT * FROM app.extra",
-    "SELECT pg_advisory_lock(7)",
-    "SELECT pg_advisory_xact_lock(8)",
-    "SELECT pg_advisory_unlock(7)",
-    "SELECT count(*) FROM pg_cursors WHERE name NOT LIKE '%asyncpg%'",
-    "FETCH 1 FROM own",
-    "FETCH ALL FROM own",
-    "EXECUTE saved",
-    "DELETE FROM app.child WHERE id = 1 RETURNING id",
-    "INSERT INTO app.item (v) VALUES (5) RETURNING id",
-    "INSERT INTO app.parent VALUES (3) ON CONFLICT DO NOTHING RETURNING id",
-    "BEGIN",
-    "COMMIT",
-    "ROLLBACK",
-    "SAVEPOINT s1",
-    "RELEASE s1",
-    "ROLLBACK TO s1",
-    "SELECT 1; SELECT 2",
-    "",
-]
-WRITES = [
-    "INSERT INTO app.parent VALUES (3, 'three')",
-    "INSERT INTO app.parent VALUES (1, 'again')",
-    "INSERT INTO app.child VALUES (2, 3, NULL, 2)",
-    "INSERT INTO app.child VALUES (3, NULL, 3, 3)",
-    "INSERT INTO app.child VALUES (4, 1, 1, 1)",
-    "INSERT INTO app.item (v) VALUES (-1)",
-    "INSERT INTO app.item (v) VALUES (1)",
-    "INSERT INTO app.watched VALUES (1)",
-    "INSERT INTO app.watched VALUES (-1)",
-    "UPDATE app.parent SET v = v || '+'",
-    "UPDATE app.child SET u = 2",
-    "UPDATE app.item SET v = v - 15",
-    "DELETE FROM app.parent WHERE id = 1",
-    "DELETE FROM app.parent WHERE id = 3",
-    "DELETE FROM app.child",
-    "TRUNCATE app.item RESTART IDENTITY",
-    "TRUNCATE app.parent CASCADE",
-    "TRUNCATE app.parent",
-]
-CONTROL = [
-    "BEGIN",
-    "COMMIT",
-    "ROLLBACK",
-    "COMMIT AND CHAIN",
-    "ROLLBACK AND CHAIN",
-    "END",
-    "ABORT",
-    "BEGIN READ ONLY",
-    "BEGIN ISOLATION LEVEL SERIALIZABLE",
-    "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY",
-    "START TRANSACTION",
-    "SAVEPOINT s1",
-    "SAVEPOINT s2",
-    "RELEASE s1",
-    "RELEASE SAVEPOINT s2",
-    "ROLLBACK TO s1",
-    "ROLLBACK TO SAVEPOINT s2",
-    "SET CONSTRAINTS ALL IMMEDIATE",
-    "SET CONSTRAINTS ALL DEFERRED",
-    "SET CONSTRAINTS app.child_u IMMEDIATE",
-    "SET CONSTRAINTS app.child_strict_fkey DEFERRED",
-    "SET TRANSACTION READ ONLY",
-    "SET TRANSACTION READ WRITE",
-    "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",
-    "SET TRANSACTION ISOLATION LEVEL READ COMMITTED",
-]
-SESSION = [
-    "SET LOCAL work_mem = '234kB'",
-    "SET work_mem = '345kB'",
-    "RESET work_mem",
-    "RESET ALL",
-    "SET app.name = 'eve'",
-    "SET LOCAL app.name = 'joe'",
-    "SET search_path = app",
-    "SET LOCAL search_path = app",
-    "SET LOCAL statement_timeout = '15s'",
-    "SET default_transaction_read_only = on",
-    "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
-    "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE",
-    "DECLARE own CURSOR FOR SELECT id FROM app.parent ORDER BY id",
-    "DECLARE own CURSOR WITH HOLD FOR SELECT id FROM app.parent ORDER BY id",
-    "CLOSE own",
-    "CLOSE ALL",
-    "PREPARE saved AS SELECT id, v FROM app.parent ORDER BY id",
-    "DEALLOCATE saved",
-    "DEALLOCATE ALL",
-    "DISCARD PLANS",
-    "LOCK TABLE app.parent",
-]
-DDL = [
-    "CREATE TABLE app.extra (a int)",
-    "CREATE TABLE app.extra (b text)",
-    "INSERT INTO app.extra VALUES (1)",
-    "DROP TABLE app.extra",
-    "ALTER TABLE app.parent ADD COLUMN w int",
-    "ALTER TABLE app.parent DROP COLUMN w",
-    "ALTER TABLE app.child ADD CONSTRAINT more UNIQUE (strict) DEFERRABLE INITIALLY DEFERRED",
-    "ALTER TABLE app.child DROP CONSTRAINT child_u",
-    "CREATE INDEX own_index ON app.item (v)",
-    "CREATE TEMP TABLE temp (a int)",
-    "CREATE TEMP TABLE temp (a int) ON COMMIT DROP",
-    "CREATE TABLE app.copied AS SELECT id FROM app.parent",
-    "SELECT id INTO app.copied FROM app.parent",
-    "DO $$ BEGIN INSERT INTO app.item (v) VALUES (7); END $$",
-    "DO $$ BEGIN INSERT INTO app.item (v) VALUES (-7); EXCEPTION WHEN OTHERS THEN NULL; END $$",
-]
-SCRIPTS = [
-    "INSERT INTO app.item (v) VALUES (2); INSERT INTO app.item (v) VALUES (3)",
-    "INSERT INTO app.item (v) VALUES (2); INSERT INTO app.item (v) VALUES (-3)",
-    "BEGIN; INSERT INTO app.item (v) VALUES (2); COMMIT",
-    "BEGIN; INSERT INTO app.item (v) VALUES (2); ROLLBACK",
-    "BEGIN; INSERT INTO app.item (v) VALUES (-2); COMMIT",
-    "BEGIN; INSERT INTO app.item (v) VALUES (2); SAVEPOINT s1; DELETE FROM app.item; ROLLBACK TO s1",
-    "INSERT INTO app.item (v) VALUES (2); nonsense",
-    "BEGIN; INSERT INTO app.item (v) VALUES (2); COMMIT; nonsense",
-    "COMMIT; BEGIN",
-    "BEGIN; COMMIT; BEGIN",
-    "SELECT 1; -- nothing more",
-    "SET LOCAL work_mem = '111kB'; SET work_mem = '222kB'",
-    "NOTIFY nobody; NOTIFY nobody, 'news'",
-    "WITH new AS (INSERT INTO app.item (v) VALUES (9) RETURNING v) SELECT v FROM new",
-    "SELECT id FROM app.parent ORDER BY id FOR UPDATE",
-    "EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY OFF) INSERT INTO app.item (v) VALUES (8)",
-]
 
-whos = st.sampled_from([0, 0, 0, 0, 1, 2, POOL])
-kinds = (WRITES, WRITES, WRITES, CONTROL, CONTROL, CONTROL, SESSION, DDL, SCRIPTS, READS)
-sql = st.one_of(*(st.sampled_from(each) for each in kinds))
+async def connect(url: str) -> Any:
+    return await asyncpg.create_pool(url, min_size=0, max_size=4, server_settings={"app.name": ""})
+
+
+async def close(pool: Any) -> None:
+    pool.terminate()
+
+
+@dataclass
+class Held:
+    """A connection that the application has acquired, and what it made with it."""
+
+    connection: Any
+    transactions: list[Any] = field(default_factory=list[Any])
+    cursors: list[Any] = field(default_factory=list[Any])
+    prepared: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class AsyncpgApplication(Application):
+    """What applications do with an asyncpg pool."""
+
+    def in_transaction(self, who: int) -> bool:
+        return bool(self.held[who].connection.is_in_transaction())
+
+    def _on(self, who: int) -> Any:
+        return self.pool if who == POOL else self.held[who].connection
+
+    async def acquire(self, who: int) -> None:
+        if who != POOL and who not in self.held:
+            self.held[who] = Held(await self.pool.acquire(timeout=5))
+
+    async def release(self, who: int) -> None:
+        if who != POOL:
+            held = self.held.pop(who)
+            held.cursors.clear()
+            await self.pool.release(held.connection)
+
+    async def execute(self, who: int, sql: str) -> Any:
+        return await self._on(who).execute(sql)
+
+    async def fetch(self, who: int, sql: str) -> Any:
+        return await self._on(who).fetch(sql)
+
+    async def with_arguments(self, who: int, sql: str, *args: Any) -> Any:
+        return await self._on(who).execute(sql, *args)
+
+    async def many(self, who: int, sql: str, rows: Iterable[Any]) -> Any:
+        return await self._on(who).executemany(sql, rows)
+
+    async def copy_in(self, who: int, table: str, rows: Iterable[Any]) -> Any:
+        return await self._on(who).copy_records_to_table(table, schema_name="app", records=rows)
+
+    async def copy_out(self, who: int, query: str) -> Any:
+        got: list[bytes] = []
+
+        async def sink(data: bytes) -> None:
+            got.append(data)
+
+        return (await self._on(who).copy_from_query(query, output=sink), b"".join(got))
+
+    async def interrupted(self, who: int, sql: str) -> Any:
+        return await self._on(who).execute(sql, timeout=0.02)
+
+    async def cancelled(self, who: int, sql: str) -> Any:
+        task = asyncio.create_task(self._on(who).fetch(sql))
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        task.cancel()
+        try:
+            return await task
+        except asyncio.CancelledError:
+            return "cancelled"
+
+    async def begin(self, who: int, isolation: str | None, readonly: bool, deferrable: bool) -> None:
+        if who != POOL:
+            held = self.held[who]
+            transaction = held.connection.transaction(
+                isolation=isolation, readonly=readonly, deferrable=deferrable
+            )
+            await transaction.start()
+            held.transactions.append(transaction)
+
+    async def commit(self, who: int) -> Any:
+        if who != POOL and self.held[who].transactions:
+            await self.held[who].transactions.pop().commit()
+
+    async def rollback(self, who: int) -> Any:
+        if who != POOL and self.held[who].transactions:
+            await self.held[who].transactions.pop().rollback()
+
+    async def open_cursor(self, who: int, sql: str) -> Any:
+        if who != POOL:
+            self.held[who].cursors.append(await self.held[who].connection.cursor(sql))
+
+    async def read_cursor(self, who: int, count: int) -> Any:
+        if who != POOL and self.held[who].cursors:
+            return await self.held[who].cursors[-1].fetch(count)
+        return None
+
+    async def skip_cursor(self, who: int, count: int) -> Any:
+        if who != POOL and self.held[who].cursors:
+            return await self.held[who].cursors[-1].forward(count)
+        return None
+
+    async def iterate(self, who: int, sql: str) -> Any:
+        if who != POOL:
+            return [row async for row in self.held[who].connection.cursor(sql, prefetch=1)]
+        return None
+
+    async def prepare(self, who: int, sql: str) -> Any:
+        if who != POOL:
+            self.held[who].prepared[sql] = await self.held[who].connection.prepare(sql)
+            return self.held[who].prepared[sql].get_attributes()
+        return None
+
+    async def run_prepared(self, who: int, sql: str) -> Any:
+        if who != POOL and sql in self.held[who].prepared:
+            return await self.held[who].prepared[sql].fetch()
+        return None
+
+    async def at_once(self, who: int, *statements: str) -> Any:
+        each = (self.pool.execute(sql) for sql in statements)
+        seen = await asyncio.gather(*each, return_exceptions=True)
+        return sorted(f"{type(one).__name__}: {one}" for one in seen)
+
+    def plain(self, value: Any) -> Any:
+        """Records as tuples."""
+        if isinstance(value, asyncpg.Record):
+            return tuple(value.items())
+        return list(map(self.plain, value)) if isinstance(value, list) else value  # pyright: ignore
+
+    async def reset(self, who: int) -> Any:
+        if who != POOL:
+            await self.held[who].connection.reset()
+
+
 isolations = st.sampled_from([None, None, "read_committed", "repeatable_read", "serializable"])
 arguments: list[tuple[Any, ...]] = [
     ("INSERT INTO app.item (v) VALUES ($1)", 4),
@@ -209,45 +204,7 @@ acts: dict[str, st.SearchStrategy[tuple[Any, ...]]] = {
     "release": st.just(()),
 }
 OFTEN = ["execute"] * 12 + ["fetch"] * 6 + ["begin", "commit", "rollback"] * 2
-some_act = st.sampled_from([*OFTEN, *acts])
-
-
-@st.composite
-def operations(draw: st.DrawFn) -> Op:
-    """One operation of one connection, or of the pool."""
-    what = draw(some_act)
-    return Op(what, POOL if what == "at_once" else draw(whos), draw(acts[what]))
-
-
-# A list of lists, for one list would be of six on average.
-sequences = st.lists(st.lists(operations(), min_size=1, max_size=5), max_size=8).map(
-    lambda parts: [op for part in parts for op in part]
-)
-
-
-Seen = tuple[Any, ...]
-
-
-def text_of(op: Op) -> str:
-    """The SQL of an operation, if it has any."""
-    return str(op.args[0]) if op.args and isinstance(op.args[0], str) else ""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Where an application may see something else than in production.
-
-    Args:
-        reason: What users are told.
-        applies: Whether this is it, given the operation, what was seen in production, what in the
-            sandbox, and the operations before.
-        ends: Whether all that follows may differ as well, and is not compared.
-    """
-
-    reason: str
-    applies: Callable[[Op, Seen, Seen, Sequence[Op]], bool]
-    ends: bool = True
-
+sequences = sequences_of(acts, OFTEN, of_pool="at_once")
 
 SESSION_STATE = re.compile(
     "SHOW|current_setting|EXECUTE|FETCH|PREPARE|DEALLOCATE|currval|lastval|_lock|_unlock|own|CLOSE"
@@ -279,7 +236,9 @@ LIMITS = [
         "tables, advisory locks, currval()",
         lambda op, here, there, before: (
             len({each.who for each in [*before, op]}) > 1
-            and any(SESSION_STATE.search(text_of(each)) or "SET " in text_of(each) for each in before)
+            and any(
+                SESSION_STATE.search(text_of(each)) or "SET " in text_of(each) for each in [*before, op]
+            )
         ),
     ),
     Limit(
@@ -310,144 +269,13 @@ LIMITS = [
 ]
 
 
-TABLES = ("app.parent", "app.child", "app.item", "app.log", "app.watched")
-CATALOGS = (
-    "class",
-    "attribute",
-    "constraint",
-    "type",
-    "proc",
-    "namespace",
-    "trigger",
-    "index",
-    "settings",
-)
-HOLDS = "SELECT " + ", ".join(
-    [
-        *(f"(SELECT array_agg(t::text ORDER BY t::text) FROM {each} AS t)" for each in TABLES),
-        *(f"(SELECT count(*) FROM pg_{each})" for each in CATALOGS),
-        "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')",
-        "(SELECT count(*) FROM pg_stat_activity WHERE datname = 'boxed' AND state ~ 'transaction')",
-    ]
-)
-
-
-class Worlds:
-    """Production, and a sandbox, with the same in their databases."""
-
-    def __init__(self, url: str, runner: asyncio.Runner) -> None:
-        self.url = url
-        self.runner = runner
-        self.complaints: list[str] = []
-
-    async def open(self) -> None:
-        self.stack = AsyncExitStack()
-        admin = await asyncpg.connect(self.url)
-        for name in ("production", "boxed"):
-            await admin.execute(f"DROP DATABASE IF EXISTS {name}")
-            await admin.execute(f"CREATE DATABASE {name}")
-        await admin.close()
-        base = self.url.rpartition("/")[0]
-        self.production, self.boxed = f"{base}/production", f"{base}/boxed"
-        self.admins = [await asyncpg.connect(self.production), await asyncpg.connect(self.boxed)]
-        for each in self.admins:
-            await each.execute(SCHEMA)
-        registry = Registry("stateful")
-
-        async def pool() -> Any:
-            return await self.pool(self.boxed)
-
-        self.handle = registry.resource(pool)
-        with sandboxing():
-            self.lifespan = await self.stack.enter_async_context(registry.lifespan())
-        self.boxed_pool = self.lifespan[self.handle]
-        asyncio.get_running_loop().set_exception_handler(
-            lambda loop, context: self.complaints.append(context["message"].partition(" <")[0])
-        )
-
-    async def pool(self, url: str) -> Any:
-        return await asyncpg.create_pool(url, min_size=0, max_size=4, server_settings={"app.name": ""})
-
-    async def close(self) -> None:
-        await self.stack.aclose()
-        for each in self.admins:
-            await each.close()
-
-    async def in_production(self, ops: Sequence[Op]) -> tuple[list[Any], list[bool]]:
-        """What an application sees, and which operations would wait for another connection."""
-        await self.admins[0].execute(SCHEMA)
-        pool = await self.pool(self.production)
-        application = Application(pool)
-        seen: list[Any] = [await application.do(Op("acquire", 0))]
-        waits: list[bool] = []
-        try:
-            for op in ops:
-                busy = application.who_is_in_transaction()
-                waits.append(busy is not None and busy != op.who)
-                seen.append(("another's turn",) if waits[-1] else await application.do(op))
-            seen += await application.finish()
-        finally:
-            pool.terminate()
-        return seen + self.heard(), waits
-
-    async def in_sandbox(self, ops: Sequence[Op], waits: Sequence[bool]) -> list[Any]:
-        """What it sees in the sandbox."""
-        await self.admins[1].execute("SELECT setval('app.item_id_seq', 2)")
-        before = await self.holds()
-        async with self.lifespan.sandbox():
-            application = Application(self.boxed_pool)
-            seen: list[Any] = [await application.do(Op("acquire", 0))]
-            for op, wait in zip(ops, waits, strict=True):
-                seen.append(("another's turn",) if wait else await application.do(op))
-            seen += await application.finish()
-        heard = self.heard()
-        assert await self.holds() == before
-        return seen + heard
-
-    def heard(self) -> list[Any]:
-        complaints, self.complaints[:] = self.complaints[:], []
-        return complaints
-
-    async def holds(self) -> Any:
-        """All that is in the database, but for the counts of sequences, which never go back."""
-        return await self.admins[1].fetchrow(HOLDS)
-
-    def compare(self, ops: Sequence[Op]) -> None:
-        """Do *ops* here and there."""
-        produced, waits = self.runner.run(self.in_production(ops))
-        boxed = self.runner.run(self.in_sandbox(ops, waits))
-        assert_same(ops, produced, boxed)
-
-
-def assert_same(ops: Sequence[Op], produced: Sequence[Any], boxed: Sequence[Any]) -> None:
-    """Fail, with what was seen by whom, at the first difference that no limit names."""
-    steps = [Op("acquire", 0), *ops]
-    told: list[str] = []
-    for index, (here, there) in enumerate(zip_longest(produced, boxed)):
-        op = steps[index] if index < len(steps) else Op("finish", POOL)
-        told.append(f"{op!r}: {here}")
-        if here != there:
-            known = [limit for limit in LIMITS if limit.applies(op, here, there, steps[:index])]
-            if not known:
-                pytest.fail("\n".join([*told, f"in the sandbox: {there}"]), pytrace=False)
-            if any(limit.ends for limit in known):
-                return
+ASYNCPG = Client(connect, close, AsyncpgApplication, LIMITS)
 
 
 @pytest.fixture(scope="module")
 def worlds(postgres: Server) -> Iterator[Worlds]:
-    with asyncio.Runner() as runner:
-        worlds = Worlds(postgres.url, runner)
-        runner.run(worlds.open())
+    with worlds_of(postgres, ASYNCPG) as worlds:
         yield worlds
-        runner.run(worlds.close())
-
-
-calm = settings(
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    database=None,
-)
 
 
 @settings(calm, max_examples=80, derandomize=True)
