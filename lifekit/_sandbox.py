@@ -140,18 +140,15 @@ class Block:
         seconds = self.lifespan.registry.close_timeout
         failures: list[Exception] = []
         interrupt: BaseException | None = None
-        for name, sandbox in reversed(begun):
-            outcome = await undisturbed(sandbox.end(), seconds)
-            interrupt = interrupt or outcome.interrupt
-            if not outcome.in_time:
-                sandbox.terminate()
-                why = f"{name}: undoing took longer than {seconds:.3g} s, so that it was cut off"
-                failures.append(SandboxEscapedError(why))
-            elif isinstance(outcome.error, Exception):
-                redact_error(outcome.error)
-                failures.append(outcome.error)
-            else:
-                interrupt = interrupt or outcome.error
+        while begun:
+            outcome = await undisturbed(_end_each(begun, failures), seconds)
+            interrupt = interrupt or outcome.interrupt or outcome.error
+            if begun:  # it was stopped there
+                name, sandbox = begun.pop()
+                if not outcome.in_time:
+                    sandbox.terminate()
+                    why = f"{name}: undoing took longer than {seconds:.3g} s, so that it was cut off"
+                    failures.append(SandboxEscapedError(why))
         if interrupt is not None:
             for failure in failures:
                 interrupt.add_note(f"lifekit: and the sandbox ended with {summary(failure)}\n{failure}")
@@ -160,3 +157,14 @@ class Block:
             raise failures[0]
         if failures:
             raise ExceptionGroup(f"the sandbox at {self.location} ended with failures", failures)
+
+
+async def _end_each(begun: list[tuple[str, Sandbox]], failures: list[Exception]) -> None:
+    """Undo in reverse order; where that is stopped, at the last one left."""
+    while begun:
+        try:
+            await begun[-1][1].end()
+        except Exception as error:
+            redact_error(error)
+            failures.append(error)
+        begun.pop()

@@ -196,8 +196,11 @@ class Lane(Holder):
             except Exception as error:
                 shared.explain(error, in_transaction=False)
                 raise
-            shared.savepoint = Savepoint.KEPT
-            await self._commit_kept()
+            if script.reads:
+                shared.savepoint = Savepoint.CLEAN
+            else:
+                shared.savepoint = Savepoint.KEPT
+                await self._commit_kept()
             return result
         finally:
             self._settings.clear()
@@ -462,11 +465,6 @@ class Lane(Holder):
             }[statement.verb]
             raise self.shared.wire.error(
                 NO_TRANSACTION, f"{what} can only be used in transaction blocks"
-            )
-        if (statement.name or "").startswith("lifekit_"):
-            raise SandboxUnsupportedError(
-                f"a savepoint of the application can't be called {statement.name!r}: the sandbox's own "
-                "are. Give it another name."
             )
 
 

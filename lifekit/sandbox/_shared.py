@@ -8,9 +8,10 @@ one statement at a time, behind a savepoint:
   has the connection to itself. BEGIN, COMMIT and ROLLBACK never reach the server.
 - What is to be done with the savepoint afterwards waits for the next statement, and goes before that
   in one message; the last of it the end of the test makes needless.
+- The end of a block begins the real transaction of the next, which saves that a message if it is soon.
 
-A guard savepoint stands around everything. Whatever else might end the real transaction takes the
-guard with it, which the end of the block notices.
+Nobody else knows the savepoint's name. Whatever else might end the real transaction takes the savepoint
+with it, which the next use of it notices, at the end of the block at the latest.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 PATIENCE = 5.0
 """Seconds that a statement waits for a transaction in which nothing happens."""
 
+FRESH = 0.05
+"""Seconds for which a block may use the real transaction that the end of the last one began."""
+
 SYNTAX_ERROR = "42601"
 ACTIVE_TRANSACTION = "25001"
 NO_TRANSACTION = "25P01"
@@ -46,7 +50,6 @@ INVALID_TERMINATION = "2D000"
 NO_SAVEPOINT = "3B001"
 LOCK_NOT_AVAILABLE = "55P03"
 
-_SAVEPOINT = "lifekit_savepoint"
 _LIMITS = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '9999' ELSE '0' END, false)
 FROM pg_catalog.pg_settings WHERE name = 'lock_timeout' AND setting = '0' OR setting <> '0'
 AND name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
@@ -87,7 +90,7 @@ class Wire(Protocol):
 class Savepoint(Enum):
     """How the savepoint stands that a statement outside of a transaction, or a transaction, has."""
 
-    NONE = auto()  # not even the real transaction began
+    NONE = auto()  # the block has no real transaction yet
     CLEAN = auto()  # nothing was done since it was set
     KEPT = auto()  # what was done since has to stay
     UNDONE = auto()  # what was done since has to go
@@ -103,30 +106,34 @@ class Shared:
         self.dirty: bool = False
         self.wrote: bool = False  # or may have, since the block began
         self.acts: int = 0
-        self._guard = f"lifekit_guard_{secrets.token_hex(4)}"
+        self._savepoint = f"lifekit_{secrets.token_hex(8)}"
+        self._begun_at: float | None = None  # where the real transaction runs
+        self._used = False
+        self._clock = asyncio.get_running_loop().time
         self._lock = asyncio.Lock()
         self._holder: Lane | None = None
         self.waiting: int = 0
         self._escape: BaseException | None = None
         self._names: set[str] = set()
-        self._beginning: Uncut[None] | None = None
-        self._was_used = True
         self._limited = False
         self.is_open: bool = False  # in a block
         self.limits_lost: bool = False  # by RESET ALL, in the running block
 
     def begin(self) -> None:
-        """Send what begins the real transaction; the first statement waits for the answer."""
+        """Begin a block; what is sent for it goes with its first statement."""
         self.is_open = True
-        if self._was_used:  # in the block before; else the first statement does it
-            self._beginning = Uncut(self._begin())
-        self._was_used = False
+        # now() is when the real transaction began.
+        if self._begun_at is not None and self._clock() - self._begun_at <= FRESH:
+            self.savepoint = Savepoint.CLEAN
 
     async def _begin(self) -> None:
         if not self._limited:
             await self.wire.control(_LIMITS)
             self._limited = True
-        await self._send(f"BEGIN; SAVEPOINT {self._guard}; SAVEPOINT {_SAVEPOINT}", Savepoint.CLEAN)
+        undo = "" if self._begun_at is None else "ROLLBACK; "
+        await self.wire.control(f"{undo}BEGIN; SAVEPOINT {self._savepoint}")
+        self._begun_at = self._clock()
+        self.savepoint = Savepoint.CLEAN
 
     async def end(self) -> None:
         """Undo everything, once all its lanes are given back or abandoned.
@@ -139,21 +146,22 @@ class Shared:
             await self._end()
 
     async def _end(self) -> None:
-        if self._beginning is not None:
-            beginning, self._beginning = self._beginning, None
-            with suppress(Exception):  # a connection that is lost
-                await beginning
+        used, self._used = self._used, False
         escape, self._escape = self._escape, None
-        begun, self.savepoint = self.savepoint is not Savepoint.NONE, Savepoint.NONE
-        if not begun or self.wire.lost():
+        self.savepoint = Savepoint.NONE
+        if not used or self._begun_at is None or self.wire.lost():
             return
+        undo = f"ROLLBACK TO {self._savepoint}"
         # What a rollback leaves: locks of the session, what sequences gave, prepared statements.
         rest = ["SELECT pg_advisory_unlock_all()", "DISCARD SEQUENCES"] if self.wrote else []
         rest += [f"DEALLOCATE {name}" for name in self._names]
+        again = [] if self.dirty else ["BEGIN", f"SAVEPOINT {self._savepoint}"]
         self._names.clear()
         self.wrote = self.limits_lost = False
+        self._begun_at = None
         try:
-            await self.wire.control("; ".join([f"ROLLBACK TO {self._guard}", "ROLLBACK", *rest]))
+            await self.wire.control("; ".join([undo, *rest, "ROLLBACK", *again]))
+            self._begun_at = self._clock() if again else None
         except Exception as error:
             if self.wire.lost():  # then the server has undone it
                 return
@@ -240,10 +248,7 @@ class Shared:
 
     async def clean_savepoint(self) -> None:
         """Set the savepoint anew, so that what follows can be undone alone."""
-        self._was_used = True
-        if self._beginning is not None:
-            beginning, self._beginning = self._beginning, None
-            await beginning
+        self._used = True
         match self.savepoint:
             case Savepoint.CLEAN:
                 return
@@ -251,9 +256,9 @@ class Shared:
                 await Uncut(self._begin())
                 return
             case Savepoint.KEPT:
-                sql = f"RELEASE SAVEPOINT {_SAVEPOINT}; SAVEPOINT {_SAVEPOINT}"
+                sql = f"RELEASE SAVEPOINT {self._savepoint}; SAVEPOINT {self._savepoint}"
             case Savepoint.UNDONE:
-                sql = f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}"
+                sql = f"ROLLBACK TO SAVEPOINT {self._savepoint}"
         if self.limits_lost:
             sql, self.limits_lost = f"{sql}; {_LIMITS}", False
         await self.control(sql, leads_to=Savepoint.CLEAN)

@@ -309,10 +309,10 @@ class PoolSandbox(Sandbox):
         if self._inside is None or self._used is not before:
             self._inside = self._made_inside()
             self._twins.clear()
+        held = self._held()
         self._outside = self._put_in(self._inside)
-        for holder in self._outside.holders:
-            if not holder.is_idle():
-                self._redirect(holder._con)
+        for connection in held:
+            self._redirect(connection)
         self.active = True
         if self._used is self._own:
             self._used.shared.begin()
@@ -398,7 +398,10 @@ class PoolSandbox(Sandbox):
                 )
 
     def _held(self) -> list[Any]:
-        return [holder._con for holder in self._pool._holders if not holder.is_idle()]
+        pool = self._pool
+        if pool._queue.full():
+            return []
+        return [holder._con for holder in pool._holders if not holder.is_idle()]
 
     def _strays(self) -> list[Lane]:
         lanes = [lane_of(connection) for connection in self._held()]

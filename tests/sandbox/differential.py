@@ -317,8 +317,10 @@ HOLDS = "SELECT " + ", ".join(
     [
         *(f"(SELECT array_agg(t::text ORDER BY t::text) FROM {each} AS t)" for each in TABLES),
         *(f"(SELECT count(*) FROM pg_{each})" for each in CATALOGS),
-        "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')",
-        "(SELECT count(*) FROM pg_stat_activity WHERE datname = 'boxed' AND state ~ 'transaction')",
+        # The sandbox's next transaction may have begun, but neither holds nor sees anything.
+        "(SELECT count(*) FROM pg_locks WHERE locktype <> 'virtualxid' AND pid <> pg_backend_pid())",
+        "(SELECT count(*) FROM pg_stat_activity WHERE datname = 'boxed' AND pid <> pg_backend_pid()"
+        " AND (state = 'active' OR backend_xid IS NOT NULL OR backend_xmin IS NOT NULL))",
     ]
 )
 
