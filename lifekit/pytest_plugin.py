@@ -72,39 +72,39 @@ def lifekit_app(pytestconfig: pytest.Config) -> ASGIApp:
 
 
 @pytest.fixture
-def _lifekit_place(request: pytest.FixtureRequest) -> Place:
-    """Where the application runs for this test, in the block of this test."""
+def client(request: pytest.FixtureRequest) -> AsyncClient:
+    """A client of the application, for an async test; it runs in that test's event loop."""
+    return _place(request).client()
+
+
+@pytest.fixture
+def sync_client(request: pytest.FixtureRequest) -> TestClient:
+    """Starlette's ``TestClient`` of the application, for a sync test; it runs in a thread."""
+    return _place(request).sync_client()
+
+
+@pytest.fixture
+def lifespan(request: pytest.FixtureRequest) -> Lifespan:
+    """The application's running lifespan; in a sync test, the one that `sync_client` talks to."""
+    return _place(request).lifespan()
+
+
+@pytest.fixture
+def sandbox(request: pytest.FixtureRequest) -> Block:
+    """The block at whose end everything is undone that the test did to the lifespan's values."""
+    return _place(request).sandbox()
+
+
+def _place(request: pytest.FixtureRequest) -> Place:
+    """Return where the application runs for this test, in the block of this test."""
     from lifekit.testing import _pytest
 
     _check_marker(request.node)  # of a test of unittest's, which is collected otherwise
-    if _KEY not in request.config.stash:
+    run = request.config.stash.get(_KEY, None)
+    if run is None:
         run = request.config.stash[_KEY] = _pytest.Run()
         request.config.pluginmanager.register(_pytest.fixtures(run), "lifekit-fixtures")
-    return _pytest.place_of(request)
-
-
-@pytest.fixture
-def client(_lifekit_place: Place) -> AsyncClient:
-    """A client of the application, for an async test; it runs in that test's event loop."""
-    return _lifekit_place.client()
-
-
-@pytest.fixture
-def sync_client(_lifekit_place: Place) -> TestClient:
-    """Starlette's ``TestClient`` of the application, for a sync test; it runs in a thread."""
-    return _lifekit_place.sync_client()
-
-
-@pytest.fixture
-def lifespan(_lifekit_place: Place) -> Lifespan:
-    """The application's running lifespan; in a sync test, the one that `sync_client` talks to."""
-    return _lifekit_place.lifespan()
-
-
-@pytest.fixture
-def sandbox(_lifekit_place: Place) -> Block:
-    """The block at whose end everything is undone that the test did to the lifespan's values."""
-    return _lifekit_place.sandbox()
+    return _pytest.place_of(request, run)
 
 
 # -- the end of the run ------------------------------------------------------------------------

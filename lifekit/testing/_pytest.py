@@ -277,6 +277,13 @@ class Run:
                 raise
             _fail(f"{type(error).__name__}: {error}\n{first} shows where. It was not tried again.")
 
+    def raise_escaped(self) -> None:
+        """Raise what the end of the last test's block raised."""
+        escaped, self.escaped = self.escaped, None
+        if escaped is not None:
+            with _readable():
+                raise escaped
+
     @contextmanager
     def _timed(self, kind: str, times: int) -> Generator[None]:
         begun = perf_counter()
@@ -331,12 +338,16 @@ def summary(accounts: Iterable[Account]) -> Iterator[str]:
 # -- the fixtures ---------------------------------------------------------------------------------
 
 
-def place_of(request: pytest.FixtureRequest) -> Place:
+def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
     """Return the place that the fixtures of the right kind make for a test."""
     if asyncio._get_running_loop() is not None:
         _fail("this fixture can't be made while a test runs: ask for it in the test's parameters")
     with _readable():
-        made: Place = request.getfixturevalue(f"_lifekit_place_{kind_for(request.node)}")
+        kind = kind_for(request.node)
+        with run.told_once(request.node.nodeid):
+            request.getfixturevalue(f"_lifekit_app_{kind}")
+        request.node.addfinalizer(run.raise_escaped)  # after the place's own, which is added next
+        made: Place = request.getfixturevalue(f"_lifekit_place_{kind}")
     return made
 
 
@@ -347,31 +358,18 @@ def fixtures(run: Run) -> ModuleType:
     def add(name: str, function: Any, scope: Any, make: Any = pytest.fixture, **options: Any) -> None:
         setattr(made, name, make(scope=scope, name=name, **options)(function))
 
-    add("_lifekit_served", _served(run), "function")
     add("_lifekit_app_sync", _sync_app(run), "session")
     add("_lifekit_place_sync", _sync_place, "function")
     pytest_asyncio: Any = sys.modules.get("pytest_asyncio")
     for scope in SCOPES:
-        add(f"_lifekit_app_anyio_{scope}", _anyio_app(run, f"anyio_{scope}"), scope)
-        add(f"_lifekit_place_anyio_{scope}", _anyio_place(run), "function")
+        kind = f"anyio_{scope}"
+        add(f"_lifekit_app_{kind}", _anyio_app(run, kind), scope)
+        add(f"_lifekit_place_{kind}", _anyio_place(run, kind), "function")
         if pytest_asyncio is not None:
             make, kind = partial(pytest_asyncio.fixture, loop_scope=scope), f"pytest-asyncio_{scope}"
             add(f"_lifekit_app_{kind}", _asyncio_app(run, kind), scope, make)
-            add(f"_lifekit_place_{kind}", _asyncio_place(run), "function", make)
+            add(f"_lifekit_place_{kind}", _asyncio_place(run, kind), "function", make)
     return made
-
-
-def _served(run: Run) -> Any:
-    def served(request: pytest.FixtureRequest) -> Iterator[object]:
-        with run.told_once(request.node.nodeid):
-            app: object = request.getfixturevalue(f"_lifekit_app_{kind_for(request.node)}")
-        yield app
-        escaped, run.escaped = run.escaped, None
-        if escaped is not None:
-            with _readable():
-                raise escaped
-
-    return served
 
 
 def _sync_app(run: Run) -> Any:
@@ -385,8 +383,8 @@ def _sync_app(run: Run) -> Any:
     return app
 
 
-def _sync_place(request: pytest.FixtureRequest, _lifekit_served: Any) -> Iterator[Place]:
-    served, portal = _lifekit_served
+def _sync_place(request: pytest.FixtureRequest, _lifekit_app_sync: Any) -> Iterator[Place]:
+    served, portal = _lifekit_app_sync
     with sync_place(request.node, served, portal) as made:
         yield made
 
@@ -407,21 +405,19 @@ def _asyncio_app(run: Run, kind: str) -> Any:
     return app
 
 
-def _anyio_place(run: Run) -> Any:
-    async def function(
-        request: pytest.FixtureRequest, _lifekit_served: Running, anyio_backend: object
-    ) -> AsyncIterator[Place]:
-        async with place(run, request.node, _lifekit_served) as made:
+def _anyio_place(run: Run, kind: str) -> Any:
+    async def function(request: pytest.FixtureRequest, anyio_backend: object) -> AsyncIterator[Place]:
+        served = request.getfixturevalue(f"_lifekit_app_{kind}")  # which is open
+        async with place(run, request.node, served) as made:
             yield made
 
     return function
 
 
-def _asyncio_place(run: Run) -> Any:
-    async def function(
-        request: pytest.FixtureRequest, _lifekit_served: Running
-    ) -> AsyncIterator[Place]:
-        async with place(run, request.node, _lifekit_served) as made:
+def _asyncio_place(run: Run, kind: str) -> Any:
+    async def function(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+        served = request.getfixturevalue(f"_lifekit_app_{kind}")  # which is open
+        async with place(run, request.node, served) as made:
             yield made
 
     return function
