@@ -170,7 +170,8 @@ class Lane(Holder):
             shared.schema_changed()
         if self.in_transaction:
             await self.regain()
-            self.used = self.active = True
+            self.used = self.used or bool(script.statements)
+            self.active = True
             self.wrote = self.wrote or not script.reads
             shared.acts += 1
             try:
@@ -327,7 +328,7 @@ class Lane(Holder):
         if self.in_transaction:
             if self.doubtful:
                 await self.shared.control("SELECT")  # raises if the transaction has failed
-            if modes is not None:
+            if modes is not None and (modes.isolation or modes.read_only is not None):
                 await self._set_transaction(modes)
             return tag
         await self.shared.turn(self)
@@ -431,6 +432,8 @@ class Lane(Holder):
             return "SET"  # with a warning that it does nothing
         await self.regain()
         self.wrote = True
+        if self.doubtful:
+            await self.shared.control("SELECT")  # raises if the transaction has failed
         if statement.isolation not in (None, self._isolation):
             if self.used:
                 self.doubtful = True

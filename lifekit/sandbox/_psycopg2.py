@@ -152,6 +152,8 @@ class _SharedRaw:
             cast(Any, super()).cancel()
 
     def get_transaction_status(self) -> int:
+        if self.reached is not None and self.reached.lane.closed:
+            return extensions.TRANSACTION_STATUS_UNKNOWN
         if self.reached is None or self.reached.lane.holding:
             return cast(int, cast(Any, super()).get_transaction_status())
         if self.reached.executes():
@@ -202,6 +204,8 @@ class Gate(_RawCursor):  # type: ignore[misc]
     def execute(self, query: Any, vars: Any = None) -> None:  # noqa: A002
         """Give the text, as the server would get it, to the lane."""
         self.refuse_closed()
+        if query:
+            self.query = None
         text: bytes = _RawCursor.mogrify(self, query, vars)
         if not hasattr(self.lane, "take"):
             raise SandboxEscapedError(
@@ -227,6 +231,18 @@ class Gate(_RawCursor):  # type: ignore[misc]
         if self.closed:
             raise psycopg2.InterfaceError("cursor already closed")
 
+    def scroll(self, value: int, mode: str = "relative") -> None:
+        """Go to another row; what was not sent has none."""
+        self.refuse_closed()
+        if self.told is not None and mode in ("relative", "absolute"):
+            raise psycopg2.ProgrammingError("scroll destination out of bounds")
+        _RawCursor.scroll(self, value, mode)
+
+    def nextset(self) -> None:
+        """Refuse, as psycopg2 does."""
+        self.refuse_closed()
+        _RawCursor.nextset(self)
+
     @property
     def closed(self) -> bool:
         """Whether it, or its connection, is closed."""
@@ -241,7 +257,6 @@ class Gate(_RawCursor):  # type: ignore[misc]
     fetchone = _reading("fetchone")
     fetchmany = _reading("fetchmany")
     fetchall = _reading("fetchall")
-    scroll = _reading("scroll")
     __next__ = _reading("__next__")
     description = _telling("description", None)
     rowcount = _telling("rowcount", -1)

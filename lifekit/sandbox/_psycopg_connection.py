@@ -144,6 +144,7 @@ class LaneConnection(AsyncConnection[Any]):
         self._prepared = _Prepared(self.numbers)
         self._notices = pgconn.notice_handler
         self._granted: bytes | None = None
+        self._waits: asyncio.Timeout | None = None  # while a task waits in here
 
     @classmethod
     def _connect_gen(cls, *args: Any, **options: Any) -> Any:
@@ -187,9 +188,14 @@ class LaneConnection(AsyncConnection[Any]):
         await self.give_up()
 
     async def give_up(self) -> None:
-        """End what runs on it, and undo its transaction."""
+        """End what runs on it, or waits for its turn, and undo its transaction."""
+        if self._waits is not None:
+            self._waits.reschedule(0)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSING_SECONDS), self.lock:
+                    pass
         await self.recover()
-        if self.runs():  # in the midst of a COPY; the server undoes all when it is cut
+        if self.runs():  # the server undoes all when it is cut
             self.pgconn.finish()
         self._closed = True
         self.lane.abandon()
@@ -200,7 +206,7 @@ class LaneConnection(AsyncConnection[Any]):
             await self._try_cancel()
             with suppress(TimeoutError, errors.Error):
                 async with asyncio.timeout(_CLOSING_SECONDS), self.lock:
-                    while self.runs() and await self._drive(generators.fetch_many(self.pgconn)):
+                    while self.runs() and await self._drive(_left(self.pgconn)):
                         pass
 
     def runs(self) -> bool:
@@ -224,6 +230,7 @@ class LaneConnection(AsyncConnection[Any]):
         """Refuse, as LISTEN is."""
 
         async def refuse() -> AsyncIterator[Any]:
+            self._check_connection_ok()
             await self.lane.run("LISTEN lifekit", _nothing, _Tag)
             yield
 
@@ -237,19 +244,31 @@ class LaneConnection(AsyncConnection[Any]):
         if not self.is_in_use():
             raise SandboxEscapedError(_OVER)
         self._take_in(gen)
-        step: Callable[[], Any] = partial(gen.send, None)
+        waits = self._waits = asyncio.timeout(None)
         try:
-            while True:
-                call, value = await self._drive(_part(gen, step), interval, timeout)
-                if call is None:
-                    return value
-                try:
-                    step = partial(gen.send, await call.call())
-                except BaseException as error:
-                    step = partial(gen.throw, error)
-        except BaseException:
+            async with waits:
+                return await self._run(gen, interval, timeout)
+        except BaseException as error:
             self.lane.doubtful = True
+            if waits.expired():
+                raise errors.OperationalError("connection socket closed") from error
             raise
+        finally:
+            self._waits = None
+            # psycopg may swallow the error of what it has cancelled.
+            failed = self.pgconn.transaction_status == TransactionStatus.INERROR
+            self.lane.doubtful |= failed and self.lane.holding
+
+    async def _run(self, gen: Any, interval: float, timeout: float | None) -> Any:  # noqa: ASYNC109
+        step: Callable[[], Any] = partial(gen.send, None)
+        while True:
+            call, value = await self._drive(_part(gen, step), interval, timeout)
+            if call is None:
+                return value
+            try:
+                step = partial(gen.send, await call.call())
+            except BaseException as error:
+                step = partial(gen.throw, error)
 
     async def _drive(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:  # noqa: ASYNC109
         self.pgconn.notice_handler = self._notices
@@ -279,12 +298,10 @@ class LaneConnection(AsyncConnection[Any]):
     def through(self, query: bytes, step: Callable[[], Any]) -> _Gen:
         """Run *step*, which sends *query*, when its turn comes, or give a `_Tag` in its stead."""
 
-        if self.runs():  # a failure, or a cancellation, has left it so
-            raise errors.OperationalError(
-                "sending query failed: another command is already in progress"
-            )
-        text = query.decode(self._encoding)
         send = partial(self._send, query, step)
+        if self.runs():  # a failure, or a cancellation, has left it so: libpq takes nothing
+            return (yield _Call(send))
+        text = query.decode(self._encoding)
         return (yield _Call(lambda: self.lane.run(text, send, _Tag)))
 
     def aside(self, step: Callable[[], Any]) -> _Gen:
@@ -328,7 +345,8 @@ class LaneConnection(AsyncConnection[Any]):
         except BaseException:
             await self.recover()
             if not self.runs():  # else the pool closes it
-                await self.lane.rollback()
+                with suppress(errors.Error):  # what the server did lasts, whoever failed then
+                    await self.lane.commit()
             raise
         await self.lane.commit()
 
@@ -406,6 +424,20 @@ def _part(gen: Any, step: Callable[[], Any]) -> Generator[Any, Any, tuple[_Call 
     return wanted, None
 
 
+def _left(pgconn: Any) -> _Gen:
+    """Read what a statement has left that was cancelled; a COPY that began nevertheless is ended."""
+    results = yield from generators.fetch_many(pgconn)
+    match results[-1].status if results else None:
+        case ExecStatus.COPY_IN:
+            yield from generators.copy_end(pgconn, b"cancelled")
+        case ExecStatus.COPY_OUT:
+            while isinstance((yield from generators.copy_from(pgconn)), memoryview):
+                pass
+        case _:
+            pass
+    return results
+
+
 def _caught(gen: Any) -> Generator[Any, Any, tuple[Any, Exception | None]]:
     # After a cancellation psycopg waits for the end, and an error would make it close the connection.
     try:
@@ -473,13 +505,18 @@ class _LaneServerCursor(_LaneCursor):
 
     __slots__ = ()
 
+    async def execute(self, *args: Any, **options: Any) -> Any:
+        """Open a cursor to execute a query to the database."""
+        parent = cast(Any, super())
+        if not cast(Any, self)._withhold:
+            return await parent.execute(*args, **options)
+        async with self._conn.alone():
+            return await parent.execute(*args, **options)
+
     def _declare_gen(self, query: Any, *args: Any, **options: Any) -> _Gen:
-        this = cast(Any, self)
         conn = self._conn
         if not conn._autocommit or conn.lane.in_transaction:
             yield from cast(Any, super())._declare_gen(query, *args, **options)
-        elif this._withhold:
-            raise SandboxUnsupportedError(_HOLD)
         else:
             raise conn.shared.wire.error(
                 NO_TRANSACTION, "DECLARE CURSOR can only be used in transaction blocks"
@@ -536,9 +573,5 @@ _NOT_ADOPTED = (
 )
 _CONTROL_WITHIN = (
     "the sandbox takes transaction control by execute() alone: not by stream(), copy() or a "
-    " server-side cursor."
-)
-_HOLD = (
-    "a cursor WITH HOLD outside of a transaction does not work in the sandbox. Declare it in one, or "
-    f"run the test without a sandbox: {ALONE}."
+    "server-side cursor."
 )

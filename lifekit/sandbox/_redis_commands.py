@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -88,17 +89,17 @@ _IN_TRANSACTION: Mapping[str, bool] = {
 
 @functools.lru_cache(maxsize=4096)
 def words(first: str | bytes) -> tuple[str, ...]:
-    """Return the words, in capitals, of a command's first argument: it may be ``CONFIG GET``."""
-    text = first if isinstance(first, str) else first.decode("latin-1")
-    return tuple(text.upper().split())
+    """Return the words of a command's first argument, which may be ``CONFIG GET``."""
+    text = first if isinstance(first, str) else first.decode("utf-8", "surrogateescape")
+    return tuple(text.split())
 
 
 def split(args: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
-    """Return a command's name, and what follows, each an argument of its own."""
+    """Return a command's name, in capitals, and what follows, each an argument of its own."""
     found = words(args[0]) if isinstance(args[0], str | bytes) else (str(args[0]),)
     if not found:
         return "", tuple(args)
-    return found[0], (*found[1:], *args[1:])
+    return found[0].upper(), (*found[1:], *args[1:])
 
 
 def is_special(name: str) -> bool:
@@ -151,23 +152,29 @@ def refusal(name: str, why: str = _REACH) -> SandboxUnsupportedError:
 class Channels:
     """The names of channels and patterns, as the application has them and as the server does.
 
-    Keyspace notifications (``__keyspace@0__:key``) have the leased number in the place of the
-    application's own.
+    They are a server's, whichever database a client has, so that the clients of a lifespan share them.
+    Keyspace notifications (``__keyspace@0__:key``) have leased numbers in the place of own ones.
     """
 
-    def __init__(self, own: int, leased: int) -> None:
-        self.prefix: bytes = b"lifekit-%d:" % leased
-        self._own, self._leased = b"%d" % own, b"%d" % leased
-        self._patterns: dict[bytes, bytes] = {}
+    def __init__(self) -> None:
+        self.end: bytes = b"lifekit-" + secrets.token_hex(4).encode()
+        """The channel on which PubSubs that subscribed outside are told of the end of a block."""
+        self.prefix: bytes = self.end + b":"
+        self.numbers: dict[bytes, bytes] = {}
+        """The leased number in the place of each own one."""
+        self.is_heard: bool = False
+        """Whether a PubSub that subscribed outside hears what is published inside."""
+        self.ended: int = 0
+        """How many ends it was told."""
 
     def out(self, name: bytes) -> bytes:
         """Return what the server shall know the channel or pattern *name* as."""
         found = _KEYSPACE.match(name)
-        if found is None or found[2] not in {None, b"*", self._own}:
+        if found is None:
             return self.prefix + name
-        sent = b"__key%b@%b__:%b" % (found[1], self._leased, name[found.end() :])
-        self._patterns[sent] = name
-        return sent
+        if found[2] in {None, b"*"}:  # of what it hears, `owns` tells what is for the application
+            return name
+        return _renumbered(found, self.numbers) or self.prefix + name
 
     def back(self, name: Any) -> Any:
         """Return what the application calls what the server knows as *name*, bytes or str."""
@@ -177,17 +184,13 @@ class Channels:
             return name
         if name.startswith(self.prefix):
             return name[len(self.prefix) :]
-        if name in self._patterns:
-            return self._patterns[name]
         found = _KEYSPACE.match(name)
-        if found is None or found[2] != self._leased:
-            return name
-        return b"__key%b@%b__:%b" % (found[1], self._own, name[found.end() :])
+        own = {leased: own for own, leased in self.numbers.items()}
+        return (found and _renumbered(found, own)) or name
 
     def owns(self, name: Any) -> bool:
-        """Return whether *name*, as the server knows it, is one of this lease's."""
-        raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
-        return isinstance(raw, bytes) and (raw.startswith(self.prefix) or self.back(raw) != raw)
+        """Return whether *name*, as the server knows it, is one of this lifespan's."""
+        return self.back(name) != name or name in {self.end, self.end.decode()}
 
     def reply(self, reply: Any) -> Any:
         """Return a reply, or a message, with the names that the application knows."""
@@ -223,7 +226,7 @@ def rename(name: str, rest: tuple[Any, ...], channels: Channels, encode: Any) ->
 def script(
     name: str, rest: tuple[Any, ...], scripts: Mapping[str, bytes], channels: Channels, encode: Any
 ) -> tuple[str, tuple[Any, ...]]:
-    """Return the EVAL by which a script is run, guarded; one that is not known is left unknown."""
+    """Return how a script is run, guarded if it must be; one that is not known is left unknown."""
     if name not in _RUNNING or not rest:
         return name, rest
     text = bytes(encode(rest[0]))
@@ -232,7 +235,16 @@ def script(
         if known is None:  # the server may have it, and would run it unguarded
             return name, (b"0" * 40, *rest[1:])
         text = known
+    if is_plain(text):
+        return name, rest
     return _RUNNING[name], (_guarded(text, channels.prefix), *rest[1:])
+
+
+@functools.lru_cache(maxsize=1024)
+def is_plain(text: bytes) -> bool:
+    """Return whether a script calls harmless commands only, by their names: it needs no guard."""
+    called = {name.upper() for _, name in _CALL.findall(text)}
+    return not called & _GUARDED and not _CALLING.search(_CALL.sub(b"", text))
 
 
 def script_text(name: str, rest: Sequence[Any], encode: Any) -> bytes | None:
@@ -256,20 +268,42 @@ _MESSAGES = frozenset(
     for what in ("message", "subscribe", "unsubscribe")
 )
 _KEYSPACE = re.compile(rb"__key(space|event|\*)(?:@(\d+|\*))?__:")
+
+
+def _renumbered(found: re.Match[bytes], numbers: Mapping[bytes, bytes]) -> bytes | None:
+    number = numbers.get(found[2])
+    return number and b"__key%b@%b__:%b" % (found[1], number, found.string[found.end() :])
+
+
+_CALL = re.compile(rb"\b(?:redis|server)\.p?call\s*\(\s*(['\"])(\w+)\1\s*(?=[,)])")
+_CALLING = re.compile(rb"\b(?:redis|server)\b(?!\.\w)|call\b|\b(?:_G|\w*fenv|load\w*)\b")
+_GUARDED = frozenset(
+    {
+        b"COPY",
+        b"FLUSHALL",
+        b"MIGRATE",
+        b"MOVE",
+        b"PUBLISH",
+        b"PUBSUB",
+        b"SELECT",
+        b"SPUBLISH",
+        b"SWAPDB",
+    }
+)
 _REFUSED = re.compile(r"lifekit refuses ([A-Z]+)")
 _GUARD = (
     "local redis, server = (function(real) "
     "local refused = {FLUSHALL=1, MIGRATE=1, MOVE=1, PUBSUB=1, SELECT=1, SWAPDB=1} "
-    "local function guard(name, ...) "
-    "if type(name) ~= 'string' then return name, ... end "
-    "local upper, first = string.upper(name), ... "
+    "local function guard(...) local name, first = ... "
+    "if type(name) ~= 'string' then return ... end "
+    "local upper = string.upper(name) "
     "local refuse = refused[upper] "
     "if upper == 'COPY' then for _, each in ipairs({...}) do "
-    "if _ > 2 and string.upper(tostring(each)) == 'DB' then refuse = 1 end end end "
+    "if _ > 3 and string.upper(tostring(each)) == 'DB' then refuse = 1 end end end "
     "if refuse then error('lifekit refuses ' .. upper, 0) end "
     "if (upper == 'PUBLISH' or upper == 'SPUBLISH') and first then "
-    "return name, '%s' .. first, select(2, ...) end "
-    "return name, ... end "
+    "return name, '%s' .. first, select(3, ...) end "
+    "return ... end "
     "local guarded = setmetatable({call = function(...) return real.call(guard(...)) end, "
     "pcall = function(...) return real.pcall(guard(...)) end}, {__index = real}) "
     "return guarded, guarded end)(redis) "

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from typing import Any, Protocol, cast
 
 from redis import exceptions
 
 from lifekit._errors import SandboxEscapedError
-from lifekit.drivers._loans import Loans
+from lifekit.drivers._loans import Loans, named_like
 
 from . import _redis_commands as commands
 from ._redis_lease import Lease
@@ -52,7 +53,7 @@ class Gate:
         """Replies to commands that were sent, and have not been read."""
         self.is_joined = False
         self.heard: dict[str, set[bytes]] = {}
-        self._lasting = self._in_transaction = self._names = False
+        self._lasting = self._in_transaction = self._names = self._hears = False
         self._ended = 0
 
     def is_worn(self) -> bool:
@@ -86,35 +87,36 @@ class Gate:
             rest = commands.rename(name, rest, lease.channels, encode)
             name, rest = commands.script(name, rest, _scripts, lease.channels, encode)
             args = (name, *rest)
+        packed = pack(*args)
         if name in commands.SUBSCRIBING or name in commands.UNSUBSCRIBING:
-            self._names = self._lasting = True
+            self._names = self._hears = self._lasting = True
         else:
             self._names |= name == "PUBSUB"
             self.owed += 1
-        return pack(*args)
+        return packed
 
     def received(self, reply: Any) -> Any:
         """Return a reply as the application shall see it; `_HIDDEN` where it shall not."""
         lease = self.sandbox.lease
-        if self.inside:
-            self.owed -= 1
-            return lease.channels.reply(reply) if self._names and lease is not None else reply
-        if lease is None or not self.is_joined or not isinstance(reply, list):
+        self.owed -= self.inside
+        if lease is None or not (self._names or self.is_joined):
             return reply
-        message = cast(Any, reply)
-        kind = message[0].decode() if isinstance(message[0], bytes) else message[0]
-        if kind in _CONFIRMATIONS:
-            return _HIDDEN if lease.channels.owns(message[1]) else message
-        if kind not in _PUBLISHED:
-            return message
-        if not lease.channels.owns(message[-2]):
-            return _HIDDEN if self.sandbox.active else message
-        name = message[-2].encode() if isinstance(message[-2], str) else message[-2]
-        if name == lease.channels.prefix:  # what `Lease.undo` publishes
+        channels = lease.channels
+        kind = _kind(reply) if self._hears or self.is_joined else ""
+        if kind in _PUBLISHED:
+            return channels.reply(reply) if self._is_heard(reply, channels) else _HIDDEN
+        if self.inside:
+            return channels.reply(reply)
+        return _HIDDEN if kind in _CONFIRMATIONS and channels.owns(reply[1]) else reply
+
+    def _is_heard(self, message: Any, channels: commands.Channels) -> bool:
+        """Return whether the application shall see what was published."""
+        if self.inside or not channels.owns(message[-2]):
+            return channels.owns(message[-2]) if self.inside else not self.sandbox.active
+        if message[-2] in {channels.end, channels.end.decode()}:
             self._ended += 1
-            return _HIDDEN
-        late = self._ended < lease.ended or not self.sandbox.active
-        return _HIDDEN if late else lease.channels.reply(message)
+            return False
+        return self._ended == channels.ended and self.sandbox.active
 
     def may_join(self, connection: Any) -> bool:
         """Return whether the connection is subscribed outside, and does not hear the lease yet."""
@@ -124,11 +126,10 @@ class Gate:
         """Subscribe, beside the channels that are subscribed, to those of the lease."""
         self._note_joined(lease)
         pack = cast(Any, super(SandboxedConnection, connection)).pack_command
-        for name, channels in self.heard.items():
-            if channels:
-                sent = pack(name, *map(lease.channels.out, sorted(channels)))
-                connection._writer.writelines(sent)
-        connection._writer.writelines(pack("SUBSCRIBE", lease.channels.prefix))
+        for name, heard in self.heard.items():
+            if more := self._inside(lease, heard):
+                connection._writer.writelines(pack(name, *more))
+        connection._writer.writelines(pack("SUBSCRIBE", lease.channels.end))
 
     def left(self) -> None:
         """Take note that the connection ends."""
@@ -139,8 +140,12 @@ class Gate:
 
     def _note_joined(self, lease: Lease) -> None:
         self.is_joined = True
-        self._ended = lease.ended
-        lease.is_heard = True
+        self._ended = lease.channels.ended
+        lease.channels.is_heard = True
+
+    def _inside(self, lease: Lease, names: Iterable[bytes]) -> list[bytes]:
+        sent = ((name, lease.channels.out(name)) for name in sorted(names))
+        return [inside for name, inside in sent if inside != name]
 
     def _pack_outside(
         self, connection: Any, name: str, rest: tuple[Any, ...], args: tuple[Any, ...], pack: Any
@@ -167,14 +172,18 @@ class Gate:
             return pack(*args)
         if not self.is_joined and not subscribing:
             return pack(*args)
-        more = [lease.channels.out(bytes(encode(each))) for each in rest]
-        sent = [*pack(name, *rest, *more)]
+        sent = [*pack(name, *rest, *self._inside(lease, channels))]
         if not self.is_joined:
             self._note_joined(lease)
-            sent += pack("SUBSCRIBE", lease.channels.prefix)
+            sent += pack("SUBSCRIBE", lease.channels.end)
         elif name == "UNSUBSCRIBE" and not rest:
-            sent += pack("SUBSCRIBE", lease.channels.prefix)
+            sent += pack("SUBSCRIBE", lease.channels.end)
         return sent
+
+
+def _kind(reply: Any) -> str:
+    first = cast(Any, reply)[0] if isinstance(reply, list) and reply else ""
+    return first.decode("latin-1") if isinstance(first, bytes) else str(first)
 
 
 _PUBLISHED = frozenset({"message", "pmessage", "smessage"})
@@ -199,6 +208,15 @@ class SandboxedConnection:
         """Pack a command as the gate lets it pass."""
         pack = cast(Any, super()).pack_command
         return pack(*args) if self._gate.connecting else self._gate.pack(self, args, pack)
+
+    def pack_commands(self, commands: Any) -> Any:
+        """Pack a pipeline; one of which a command is refused is not sent at all."""
+        owed = self._gate.owed
+        try:
+            return cast(Any, super()).pack_commands(commands)
+        except Exception:
+            self._gate.owed = owed
+            raise
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Return the next reply that the application shall see."""
@@ -226,7 +244,6 @@ class SandboxedConnection:
 
     async def _greet(self, method: str, *args: Any, **options: Any) -> None:
         gate = self._gate
-        gate.renew()
         outer, gate.connecting = gate.connecting, True
         try:
             await getattr(super(), method)(*args, **options)
@@ -261,4 +278,4 @@ def guard(connection: Any, sandbox: Side) -> None:
 @functools.cache
 def mixed(mixin: Any, kind: Any) -> Any:
     """Return the class of a connection or a pool, mixed with what belongs to its sandbox."""
-    return type(kind.__name__, (mixin, kind), {"__slots__": (), "__doc__": kind.__doc__})
+    return type(kind.__name__, (mixin, kind), {"__slots__": (), **named_like(kind)})

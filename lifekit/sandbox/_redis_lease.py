@@ -81,18 +81,14 @@ def cut(connection: Any) -> None:
 class Lease:
     """A database number, its own for as long as the link lives."""
 
-    def __init__(self, link: Link, own: int, number: int, server: str) -> None:
+    def __init__(self, link: Link, number: int, server: str, channels: Channels) -> None:
         self.number = number
         self.server = server
-        self.channels: Channels = Channels(own, number)
+        self.channels = channels
         self.sandboxes: set[Any] = set()
         self.active: set[Any] = set()
         self.touched: bool = False
         self.dirty: bool = False
-        self.is_heard: bool = False
-        """Whether a PubSub that subscribed outside hears what is published inside."""
-        self.ended: int = 0
-        """How many blocks it was told the end of."""
         self._link = link
 
     def is_lost(self) -> bool:
@@ -110,9 +106,9 @@ class Lease:
         if not self.touched:
             return
         commands: list[tuple[Any, ...]] = [("FLUSHDB",)]
-        if self.is_heard:  # what they have not read yet came before this
-            commands.append(("PUBLISH", self.channels.prefix, ""))
-            self.ended += 1
+        if self.channels.is_heard:  # what they have not read yet came before this
+            commands.append(("PUBLISH", self.channels.end, ""))
+            self.channels.ended += 1
         try:
             if self.dirty:
                 commands = [*await self._rest(), *commands]
@@ -146,7 +142,7 @@ class Lease:
 
     async def count_listeners(self) -> int:
         """Return how many connections the server knows to hear what ends a block."""
-        [reply] = await self._link.ask(("PUBSUB", "NUMSUB", self.channels.prefix))
+        [reply] = await self._link.ask(("PUBSUB", "NUMSUB", self.channels.end))
         return int(_second(reply))
 
     async def unblock(self, connections: Collection[Any]) -> set[Any]:
@@ -171,7 +167,12 @@ class Lease:
 
 
 async def take(
-    link: Link, own: int, kept: Collection[int], server: str, former: int | None = None
+    link: Link,
+    own: int,
+    kept: Collection[int],
+    server: str,
+    channels: Channels,
+    former: int | None = None,
 ) -> Lease:
     """Lease a number that nobody else has, and empty it.
 
@@ -218,7 +219,8 @@ async def take(
             for reply in await link.ask(("SELECT", number), ("FLUSHDB",)):
                 if isinstance(reply, Exception):
                     raise reply
-            return Lease(link, own, number, server)
+            channels.numbers[b"%d" % own] = b"%d" % number
+            return Lease(link, number, server, channels)
     _, clients = await link.ask(("CLIENT", "SETNAME", ""), ("CLIENT", "LIST"))
     holders = [client for client in lines_of(clients) if client["name"].startswith(_NAME)]
     lines = [f"  {c['name'].removeprefix(_NAME)} from {c['addr']}" for c in holders]

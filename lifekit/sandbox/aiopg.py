@@ -14,7 +14,7 @@ import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -39,9 +39,10 @@ from ._holders import escaped_strays, lets_go
 from ._lane import Lane
 from ._psycopg2 import Gate, RealConnection
 from ._shared import PATIENCE
-from ._sql import read
+from ._sql import Script, Verb, read
 
 _COPY = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*copy\b.*\b(stdin|stdout)\b", re.IGNORECASE | re.DOTALL)
+_MODES = re.compile(r"\btransaction\b", re.IGNORECASE)
 _NO_COPY = "can't execute COPY {0}: use the copy_{1}() method instead"
 
 
@@ -77,6 +78,7 @@ class LaneConnection(aiopg.Connection):
         self._real: Any = sandbox.used
         self._taken: tuple[Any, bytes] | None = None
         self._limit: asyncio.Timeout | None = None
+        self._cut: bool = False
 
     @property
     def _conn(self) -> Any:
@@ -85,12 +87,12 @@ class LaneConnection(aiopg.Connection):
         return raw
 
     def executes(self) -> bool:
-        """Return whether a statement is under way."""
-        return self._waiter is not None
+        """Return whether a statement is under way, or was when it was closed."""
+        return self._waiter is not None or self._cut
 
     def executes_now(self) -> bool:
         """Return whether its statement has its turn."""
-        return self.executes() and not self.lane.must_wait()
+        return self._waiter is not None and not self.lane.must_wait()
 
     def take(self, cursor: Any, text: bytes) -> None:
         """Note what a cursor is to execute, for `_poll`."""
@@ -159,26 +161,47 @@ class LaneConnection(aiopg.Connection):
             raise
         if not isinstance(tag, _Sent):
             cursor.told = tag
-            if len(read(sql).statements) == 1:
-                self._warn(tag, before)
-
-    def _warn(self, tag: str, in_transaction: bool) -> None:
-        # What the server would have sent beside the tag.
-        begins = tag in {"BEGIN", "START TRANSACTION"}
-        if begins and in_transaction:
-            self.noticed.append("WARNING:  there is already a transaction in progress\n")
-        elif tag in {"COMMIT", "ROLLBACK"} and not in_transaction:
-            self.noticed.append("WARNING:  there is no transaction in progress\n")
+        warnings = _warnings(read(sql), tag, before)
+        self.noticed += [f"WARNING:  {each}\n" for each in warnings]
 
     def _close(self) -> None:
         if self.lane.closed:
             return
-        self.lane.closed = True
+        self.lane.closed, self._cut = True, self.executes()
         self._notifies_proxy.close(psycopg2.OperationalError("Connection closed"))
         if self._limit is None:
             self.lane.abandon()
         elif not self._limit.expired():  # `_poll` abandons it when the statement has ended
             self._limit.reschedule(self._loop.time())
+
+    def __del__(self) -> None:
+        # It may be collected while another asks the connection that they share.
+        raw = self._real.shared_raw
+        asking = raw.reached
+        super().__del__()
+        raw.reached = asking
+
+
+def _warnings(script: Script, tag: str, in_transaction: bool) -> Iterator[str]:
+    """Yield what the server would have sent beside the tag, but for the real transaction."""
+    inside = in_transaction
+    for statement in script.statements:
+        if statement.verb is Verb.BEGIN:
+            if inside:
+                yield "there is already a transaction in progress"
+            inside = True
+        elif statement.verb in (Verb.COMMIT, Verb.ROLLBACK):
+            if not inside:
+                yield "there is no transaction in progress"
+            inside = statement.chain
+    if len(script.statements) == 1 and not inside:  # else they are a transaction together
+        verb, text = script.statements[0].verb, script.statements[0].text
+        if verb is Verb.SET_CONSTRAINTS:
+            yield "SET CONSTRAINTS can only be used in transaction blocks"
+        elif verb is Verb.SET_TRANSACTION and _MODES.search(text):
+            yield "SET TRANSACTION can only be used in transaction blocks"
+        elif script.local and tag == "SET":
+            yield "SET LOCAL can only be used in transaction blocks"
 
 
 class _Refusing(aiopg.Connection):

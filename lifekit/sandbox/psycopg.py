@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import errors
 from psycopg.pq import TransactionStatus
-from psycopg_pool import PoolClosed
+from psycopg_pool import AsyncNullConnectionPool, PoolClosed
 
 from lifekit._errors import SandboxEscapedError
 from lifekit._sandbox import refuse_stragglers
@@ -32,7 +32,7 @@ from ._shared import Shared
 _USE = "async with pool.connection() as connection"
 _STATE = (
     *("_pool", "_waiting", "_nconns", "_nconns_min", "_growing", "_closed"),
-    *("connection_class", "_configure"),
+    "connection_class",
 )
 """What a pool works with: inside of a block it has its own."""
 
@@ -44,7 +44,8 @@ class PoolSandbox(Sandbox):
         self.active: bool = False
         self.shared: Shared | None = None
         self._pool = pool
-        self._configure = pool._configure
+        # By the sandbox, for a pool believes a lane to be in the transaction of the real connection.
+        self._configure, pool._configure = pool._configure, None
         self._real: Any = None
         self._inside: dict[str, Any] | None = None
         self.outside: dict[str, Any] = {}
@@ -62,19 +63,14 @@ class PoolSandbox(Sandbox):
             self.shared = Shared(RealConnection(self._real))
         if self._inside is None:
             self._inside = self._made_inside()
-        await lets_go(lambda: not pool._growing)
         assert self.shared is not None
-        self.shared.is_open = True
-        self.outside = self._put_in(self._inside)
+        self.shared.begin()
+        self.outside = self._put_in(self._inside) | {"_growing": False}
         for connection in pool._out:
             self._guarded.append(connection)
             connection.wait = partial(_refuse_outside, connection)
         self.active = True
-        self._inside["_waiting"].extend(self.outside["_waiting"])  # workers, who get lanes as well
-        self.outside["_waiting"].clear()
-        while pool._waiting and pool._nconns < pool._max_size:
-            pool._nconns += 1
-            await pool._add_to_pool(await pool._connect())
+        await self._serve(self.outside["_waiting"])  # workers, who get lanes as well
 
     async def end(self) -> None:
         """Take them out, and undo what they did."""
@@ -95,8 +91,7 @@ class PoolSandbox(Sandbox):
         for connection in self._guarded:
             del connection.wait
         self._guarded.clear()
-        while self._inside["_waiting"]:
-            await self._inside["_waiting"].popleft().fail(SandboxEscapedError(_STILL_WAITS))
+        await self._serve(self._inside["_waiting"])
         try:
             await self.shared.end()
         finally:
@@ -121,11 +116,27 @@ class PoolSandbox(Sandbox):
         if self._real is not None:
             self._real.pgconn.finish()
 
-    async def configure(self, connection: LaneConnection) -> None:
+    def has(self, connection: Any) -> bool:
+        """Return whether it is inside of the block as long as that runs, and outside otherwise."""
+        if isinstance(connection, LaneConnection):
+            return self.active and connection.real is self._real
+        return not self.active
+
+    async def configure(self, connection: Any) -> None:
         """Do with a new connection what the pool's `configure` does."""
         if self._configure is not None:
             await self._configure(connection)
             _check_left_idle(connection, f"configure function {self._configure}")
+
+    async def _serve(self, waiting: deque[Any]) -> None:
+        """Give connections of this side's to who has waited for one of the other's."""
+        pool = self._pool
+        pool._waiting.extend(waiting)
+        waiting.clear()
+        while pool._waiting and pool._pool:
+            await pool._add_to_pool(pool._pool.popleft())
+        if pool._waiting:
+            pool._maybe_grow_pool()
 
     def _held(self) -> list[LaneConnection]:
         return [
@@ -143,7 +154,7 @@ class PoolSandbox(Sandbox):
             "is_in_use": staticmethod(lambda: self.active),
         }
         lanes = type(kind.__name__, (LaneConnection, kind), attributes)
-        values = (deque[Any](), deque[Any](), 0, 0, False, False, lanes, None)
+        values = (deque[Any](), deque[Any](), 0, 0, False, False, lanes)
         return dict(zip(_STATE, values, strict=True))
 
     def _put_in(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -153,16 +164,16 @@ class PoolSandbox(Sandbox):
         return before
 
 
-def _check_left_idle(connection: LaneConnection, what: str) -> None:
-    status = connection.seen_status()
+def _check_left_idle(connection: Any, what: str) -> None:
+    status = TransactionStatus(connection.info.transaction_status)
     if status != TransactionStatus.IDLE:
         raise errors.ProgrammingError(f"connection left in status {status.name} by {what}: discarded")
 
 
 async def _refuse_outside(connection: Any, gen: Any, *args: Any, **options: Any) -> Any:
-    """Let a connection that was acquired before the block do nothing but undo."""
+    """Let a connection that was acquired before the block do nothing but undo, and hear."""
     idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
-    if gen.__name__ == "_rollback_gen" or (idle and gen.__name__ == "_commit_gen"):
+    if gen.__name__ in ("_rollback_gen", "notifies") or (idle and gen.__name__ == "_commit_gen"):
         return await connection.__class__.wait(connection, gen, *args, **options)
     gen.close()
     raise SandboxEscapedError(
@@ -185,9 +196,19 @@ def _sandboxed(kind: Any) -> Any:
         async def getconn(self, timeout: float | None = None) -> Any:  # noqa: ASYNC109
             refuse_stragglers("a pool of psycopg")
             frame = caller_frame("psycopg_pool", "asyncio")
-            connection = await super().getconn(timeout)
+            while True:
+                connection = await super().getconn(timeout)
+                if self._sandbox.has(connection):
+                    break
+                await self.putconn(connection)  # the block began or ended while it was on its way
             if isinstance(connection, LaneConnection):
                 connection.lane.acquired(frame)
+            else:
+                try:
+                    refuse_stragglers("a pool of psycopg")  # who waited until the block was over
+                except BaseException:
+                    await self.putconn(connection)
+                    raise
             return connection
 
         async def putconn(self, conn: Any) -> None:
@@ -196,16 +217,22 @@ def _sandboxed(kind: Any) -> Any:
 
         async def _connect(self, timeout: float | None = None) -> Any:  # noqa: ASYNC109
             connection = await super()._connect(timeout)
-            if isinstance(connection, LaneConnection):
-                await self._sandbox.configure(connection)
+            await self._sandbox.configure(connection)
             return connection
 
         async def _get_ready_connection(self, timeout: float | None) -> Any:  # noqa: ASYNC109
             connection = await super()._get_ready_connection(timeout)
-            if connection is None and self._sandbox.active and self._nconns < self._max_size:
-                connection = await self._connect()
+            if connection is not None and not self._sandbox.has(connection):
+                self._nconns -= 1  # a null pool has made it, and counts it on the wrong side
+                if self._sandbox.active:
+                    self._sandbox.outside["_nconns"] += 1
+            elif connection is None and self._sandbox.active and self._nconns < self._max_size:
                 self._nconns += 1
+                connection = await self._connect()
             return connection
+
+        async def _maybe_close_connection(self, conn: Any) -> bool:
+            return self._sandbox.has(conn) and await super()._maybe_close_connection(conn)
 
         async def _putconn(self, conn: Any, from_getconn: bool) -> None:
             if isinstance(conn, LaneConnection):  # not later, by a worker, when the block may be over
@@ -216,7 +243,9 @@ def _sandboxed(kind: Any) -> Any:
         async def _return_connection(self, conn: Any, from_getconn: bool) -> None:
             if isinstance(conn, LaneConnection):
                 await self._reset_connection(conn)
-                if not conn.closed:
+                if not self._sandbox.has(conn):
+                    await conn.give_up()
+                elif not conn.closed:
                     await self._add_to_pool(conn)
                 elif self._waiting:
                     await self._add_to_pool(await self._connect())
@@ -228,9 +257,19 @@ def _sandboxed(kind: Any) -> Any:
             else:
                 await super()._return_connection(conn, from_getconn)
 
+        async def _add_to_pool(self, conn: Any) -> None:
+            if self._sandbox.has(conn):
+                await super()._add_to_pool(conn)
+            elif isinstance(conn, LaneConnection):  # it was in the making when the block ended,
+                await conn.give_up()
+            else:  # or began
+                await self._add_outside(conn)
+
         async def _add_outside(self, conn: Any) -> None:
             outside = self._sandbox.outside
             conn._pool = None
+            if isinstance(self, AsyncNullConnectionPool):  # which keeps none
+                await conn.close()
             if conn.closed:
                 outside["_nconns"] -= 1
             else:
@@ -272,9 +311,3 @@ def sandbox(pool: Any) -> PoolSandbox:
     pool._sandbox = made = PoolSandbox(pool)
     pool.__class__ = _sandboxed(pool.__class__)
     return made
-
-
-_STILL_WAITS = (
-    "the sandbox ended while this code waited for a connection. It outlived its test: let the test "
-    "wait for it, or the application where it starts it."
-)

@@ -20,12 +20,13 @@ from lifekit._errors import SandboxError, SandboxEscapedError, SandboxUnsupporte
 from lifekit._sandbox import current_block, refuse_stragglers
 from lifekit.drivers import Sandbox
 
+from ._redis_commands import Channels
 from ._redis_gate import guard, loans, mixed
 from ._redis_lease import FAILURES, Lease, Link, cut, take
 
 _SECONDS = 5.0
 _open: WeakSet[RedisSandbox] = WeakSet()
-_leases: WeakKeyDictionary[object, dict[tuple[str, int], Lease]] = WeakKeyDictionary()
+_leases: WeakKeyDictionary[object, dict[bytes, dict[int, Lease]]] = WeakKeyDictionary()
 """Of each lifespan, by server and number: clients of one database share a lease, as they do that."""
 
 
@@ -50,7 +51,7 @@ class RedisSandbox(Sandbox):
         self._single: Any = None
         self._may_ask = asyncio.Event()
         self._may_ask.set()
-        self._shared: dict[tuple[str, int], Lease] = {}
+        self._shared: dict[bytes, dict[int, Lease]] = {}
         self._described = described
         self._kind: Any = type(self._pool)
         _open.add(self)
@@ -214,6 +215,7 @@ class RedisSandbox(Sandbox):
             for connection in self._pool._in_use_connections:
                 if connection._gate.is_joined:  # to a number that may be another's by now
                     cut(connection)
+                    connection._gate.renew()
             self.lease.leave(self)
             self.lease = None
         connection = self._kind.make_connection(self._pool)
@@ -228,12 +230,13 @@ class RedisSandbox(Sandbox):
             }
             if b"cluster" in facts.get(b"redis_mode", facts.get(b"server_mode", b"")):
                 raise _no_cluster(self._described)
-            key = (facts[b"run_id"].decode(), self.own)
-            lease = self._shared.get(key)
+            leases = self._shared.setdefault(facts[b"run_id"], {})
+            lease = leases.get(self.own)
             if lease is None or lease.is_lost() or not lease.sandboxes:
                 kept = {sandbox.own for sandbox in _open}
-                lease = await take(link, self.own, kept, self._described, former)
-                self._shared[key] = lease
+                channels = next((each.channels for each in leases.values()), None) or Channels()
+                lease = await take(link, self.own, kept, self._described, channels, former)
+                leases[self.own] = lease
             else:
                 link.cut()
         except BaseException:

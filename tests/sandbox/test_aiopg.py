@@ -344,6 +344,82 @@ async def test_a_cursor_tells_of_each_statement_what_it_tells_in_production(
     assert len(await same(story)) == 2 * len(SCRIPTS[name])
 
 
+async def test_notices_of_statements_that_need_a_transaction(same: Any) -> None:
+    """As the server warns outside of transactions, and where a script begins or ends one in vain."""
+
+    async def story(pool: Any) -> Any:
+        async with pool.acquire() as connection, connection.cursor() as cursor:
+            for query in (
+                "SET LOCAL work_mem = '100kB'",
+                "SET CONSTRAINTS ALL DEFERRED",
+                "SET TRANSACTION READ ONLY",
+                "SET transaction_read_only = on",
+                "SELECT set_config('work_mem', '100kB', true)",
+                "COMMIT; BEGIN; BEGIN",
+                "SET LOCAL work_mem = '100kB'; SET CONSTRAINTS ALL DEFERRED",
+                "SET LOCAL work_mem = '100kB'",
+                "ROLLBACK",
+            ):
+                await cursor.execute(query)
+            return list(connection.notices)
+
+    assert len(await same(story)) == 5
+
+
+async def test_a_cursor_whose_statement_was_not_sent(same: Any) -> None:
+    """It has no rows to go to, and forgets what it was asked before."""
+
+    async def story(pool: Any) -> Any:
+        found: list[Any] = []
+        async with pool.acquire() as connection, connection.cursor() as cursor:
+            for query in ("SELECT 1/0", "BEGIN", "SELECT 1", "ROLLBACK"):
+                with suppress(psycopg2.Error):
+                    await cursor.execute(query)
+                for distance, mode in ((0, "absolute"), (1, "relative"), (1, "nonsense")):
+                    try:
+                        found.append(await cursor.scroll(distance, mode))
+                    except psycopg2.Error as error:
+                        found.append(str(error))
+                with pytest.raises(IndexError):
+                    await cursor.execute("SELECT %s, %s", (1,))
+                found.append(cursor.query)
+            cursor.close()
+            with pytest.raises(psycopg2.InterfaceError, match="cursor already closed"):
+                await cursor.nextset()
+        return found
+
+    await same(story)
+
+
+async def test_a_connection_that_was_cut_off_says_so(same: Any) -> None:
+    """Its status is unknown, and it still seems to execute what it was at."""
+
+    async def story(pool: Any) -> Any:
+        async with pool.acquire() as connection:
+            cursor = await connection.cursor()
+            with pytest.raises(TimeoutError):
+                await cursor.execute("SELECT pg_sleep(10)", timeout=0.01)
+            cut = connection.isexecuting(), await connection.get_transaction_status()
+        async with pool.acquire() as connection:
+            await connection.close()
+            return cut, connection.isexecuting(), await connection.get_transaction_status()
+
+    assert await same(story) == ((True, 4), False, 4)
+
+
+async def test_collecting_one_connection_leaves_another_alone(box: Box) -> None:
+    """All lanes show the same psycopg2 connection, whoever asks."""
+    lifespan, pool = await box.open()
+    async with lifespan.sandbox(), pool.acquire() as connection:
+        other = await pool.acquire()
+        await other.close()
+        await pool.release(other)
+        raw = connection.raw
+        del other
+        gc.collect()
+        assert raw.closed == 0
+
+
 async def test_transaction_control_in_parameters_is_data(same: Any) -> None:
     """What the server gets counts, and what psycopg2 quoted is data."""
 

@@ -124,6 +124,7 @@ class Box:
             lifespan = await self._stack.enter_async_context(registry.lifespan())
         return lifespan, lifespan[handle]
 
+
 HOLDING = "locktype <> 'virtualxid' AND pid <> pg_backend_pid()"
 
 

@@ -207,8 +207,8 @@ OFTEN = ["execute"] * 12 + ["fetch"] * 6 + ["begin", "commit", "rollback"] * 2
 sequences = sequences_of(acts, OFTEN, of_pool="at_once")
 
 SESSION_STATE = re.compile(
-    "SHOW|current_setting|EXECUTE|FETCH|PREPARE|DEALLOCATE|currval|lastval|_lock|_unlock|own|CLOSE"
-    "|TEMP TABLE"
+    r"(^|; )(RE)?SET |set_config|SHOW|current_setting|EXECUTE|FETCH|PREPARE|DEALLOCATE|currval|lastval"
+    "|_lock|_unlock|own|CLOSE|TEMP TABLE"
 )
 REFUSED = re.compile(
     r"DEALLOCATE ALL|default_transaction|SESSION CHARACTERISTICS|READ ONLY|(BEGIN|COMMIT|ROLLBACK); \w+"
@@ -236,9 +236,7 @@ LIMITS = [
         "tables, advisory locks, currval()",
         lambda op, here, there, before: (
             len({each.who for each in [*before, op]}) > 1
-            and any(
-                SESSION_STATE.search(text_of(each)) or "SET " in text_of(each) for each in [*before, op]
-            )
+            and any(SESSION_STATE.search(text_of(each)) for each in [*before, op])
         ),
     ),
     Limit(

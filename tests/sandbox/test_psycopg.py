@@ -21,6 +21,7 @@ from lifekit import Registry, SandboxBusyError, SandboxEscapedError, SandboxUnsu
 from lifekit.drivers.psycopg import driver
 from lifekit.embedded import Server
 from lifekit.sandbox import _shared
+from lifekit.sandbox._psycopg_connection import LaneConnection
 from lifekit.testing import sandboxing
 
 from ..drivers.conftest import until
@@ -587,6 +588,59 @@ async def test_a_statement_that_fails_as_it_is_cancelled_closes_nothing(ground: 
         await c.execute("SELECT 1")
 
 
+@pytest.mark.parametrize("autocommit", [False, True])
+@pytest.mark.parametrize("direction", [b"COPY t FROM STDIN", b"COPY t TO STDOUT"])
+async def test_a_copy_that_is_cancelled_as_it_begins_closes_nothing(
+    ground: Ground, direction: bytes, autocommit: bool
+) -> None:
+    """However far it came: what was done before is there."""
+
+    async def copies(c: AsyncConnection[Any]) -> None:
+        async with c.cursor().copy(direction):
+            await asyncio.Event().wait()
+
+    async with ground.box() as pool:
+        async with pool.connection() as c:
+            await c.execute("INSERT INTO t SELECT generate_series(2, 2000)")
+        for rounds in range(24):
+            c = await pool.getconn()
+            await c.set_autocommit(autocommit)
+            running = asyncio.create_task(copies(c))
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            running.cancel()
+            assert isinstance(
+                (await asyncio.gather(running, return_exceptions=True))[0], asyncio.CancelledError
+            )
+            await pool.putconn(c)
+        async with pool.connection() as c:
+            assert await told(c.execute("SELECT count(*) FROM t")) == ("SELECT 1", 1, [(2000,)])
+
+
+async def test_whose_connection_is_closed_is_told_at_once(ground: Ground) -> None:
+    """As in production: whether its statement runs, or waits for its turn."""
+
+    async def play(pool: Pool) -> list[Any]:
+        async with pool.connection() as first, pool.connection() as second:
+            running = asyncio.create_task(told(first.execute("SELECT 1 FROM pg_sleep(60)")))
+            await until(lambda: status(first) == "ACTIVE")
+            waiting = asyncio.create_task(told(second.execute("SELECT 2 FROM pg_sleep(60)")))
+            await asyncio.sleep(0)
+            await second.close()
+            seen = [await waiting, status(first), second.closed, second.broken]
+            await first.close()
+            return [*seen, await running, status(first), first.closed, first.broken]
+
+    async with ground.real() as pool:
+        expected = await play(pool)
+    async with ground.box() as pool:
+        async with pool.connection() as c:
+            await c.execute("INSERT INTO t VALUES (2)")
+        assert await asyncio.wait_for(play(pool), 5) == expected
+        async with pool.connection() as c:
+            assert await told(c.execute("SELECT i FROM t ORDER BY i")) == ("SELECT 2", 2, [(1,), (2,)])
+
+
 async def test_cancel_safe_cancels_what_runs_on_that_connection(ground: Ground) -> None:
     """From another task."""
     async with ground.box() as pool, pool.connection() as c:
@@ -641,6 +695,134 @@ async def test_who_still_waits_for_a_connection_gets_none_from_outside(ground: G
         for task in tasks:
             with pytest.raises(SandboxEscapedError, match="outlived its test"):
                 await task
+
+
+async def _write(pool: Pool) -> object:
+    async with pool.connection() as c:
+        await c.execute("INSERT INTO t VALUES (2)")
+        return c
+
+
+async def test_a_worker_that_waits_when_a_block_begins_works_inside_it(ground: Ground) -> None:
+    """It asked the pool before; and what it waited for is the pool's again afterwards."""
+    async with ground.lifespan(max_size=1) as (lifespan, pool):
+        held = await pool.getconn()
+        for leave in (pool.putconn, AsyncConnection.close):
+            worker = asyncio.create_task(_write(pool))
+            await until(lambda: pool.get_stats()["requests_waiting"])
+            async with lifespan.sandbox():
+                await leave(held)
+                await worker
+                async with pool.connection() as c:
+                    seen = await told(c.execute("SELECT i FROM t ORDER BY i"))
+            assert seen == ("SELECT 2", 2, [(1,), (2,)])
+            assert ground.untouched()
+            if not held.closed:
+                assert await pool.getconn() is held
+        await pool.putconn(held)
+        async with pool.connection() as c:
+            await c.execute("SELECT 1")
+
+
+@pytest.mark.parametrize("kind", [AsyncConnectionPool, AsyncNullConnectionPool])
+async def test_what_is_on_its_way_when_a_block_begins_stays_outside(ground: Ground, kind: Any) -> None:
+    """A connection in the making, and one that was promised already: the worker gets one inside."""
+    configured: list[Any] = []
+
+    async def configure(c: AsyncConnection[Any]) -> None:
+        configured.append(c)
+
+    async def works(pool: Any) -> bool:
+        async with pool.connection(timeout=5) as c:
+            return isinstance(c, LaneConnection) is pool._sandbox.active
+
+    async with ground.lifespan(kind, max_size=1, configure=configure) as (lifespan, pool):
+        for rounds in range(20):
+            async with pool.connection() as held:
+                await held.close()  # so that one has to be made
+            worker = asyncio.create_task(works(pool))
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            async with lifespan.sandbox():
+                assert await worker
+            held = await asyncio.wait_for(pool.getconn(), 5)
+            assert held in configured
+            worker = asyncio.create_task(works(pool))
+            await until(lambda: pool.get_stats()["requests_waiting"])
+            await pool.putconn(held)
+            async with lifespan.sandbox():
+                assert await worker
+        assert pool.get_stats()["pool_size"] <= 1
+
+
+async def test_a_connection_in_the_making_when_a_block_ends_does_nothing_more(ground: Ground) -> None:
+    """Nor does it count."""
+    go = asyncio.Event()
+
+    async def configure(c: AsyncConnection[Any]) -> None:
+        if isinstance(c, LaneConnection):
+            await go.wait()
+
+    async with ground.lifespan(max_size=1, configure=configure) as (lifespan, pool):
+        async with lifespan.sandbox():
+            late = asyncio.create_task(_write(pool))
+            await asyncio.sleep(0)
+        go.set()
+        with pytest.raises(SandboxEscapedError, match="which has ended"):
+            await late
+        for _ in range(2):
+            async with lifespan.sandbox():
+                await asyncio.wait_for(_write(pool), 5)
+            async with pool.connection(timeout=5) as c:
+                await c.execute("SELECT 1")
+
+
+async def test_a_worker_that_waits_when_a_block_ends_works_outside_of_it(ground: Ground) -> None:
+    """It was started before, and asked the pool inside."""
+
+    async def works(pool: Pool) -> object:
+        await go.wait()
+        async with pool.connection() as c:
+            return await told(c.execute("SELECT i FROM t ORDER BY i"))
+
+    async with ground.lifespan(max_size=1) as (lifespan, pool):
+        for _ in range(2):  # without a connection to give at once, and with one
+            go = asyncio.Event()
+            worker = asyncio.create_task(works(pool))
+            with pytest.raises(SandboxEscapedError, match="had not been given back"):
+                async with lifespan.sandbox():
+                    await (await pool.getconn()).execute("INSERT INTO t VALUES (2)")
+                    go.set()
+                    await until(lambda: pool.get_stats()["requests_waiting"])
+            assert await worker == ("SELECT 1", 1, [(1,)])
+
+
+async def test_who_listens_on_a_connection_of_its_own_hears_in_a_block_as_well(
+    ground: Ground, urls: tuple[str, str]
+) -> None:
+    """What comes from elsewhere, again and again; it may be closed while it waits."""
+    heard: list[str] = []
+
+    async def listens(c: AsyncConnection[Any]) -> None:
+        while True:
+            async for each in c.notifies(timeout=0.01):
+                heard.append(each.payload)
+
+    async with ground.lifespan() as (lifespan, pool):
+        c = await pool.getconn()
+        await c.set_autocommit(True)
+        await c.execute("LISTEN news")
+        worker = asyncio.create_task(listens(c))
+        async with lifespan.sandbox():
+            with closing(psycopg2.connect(urls[0])) as other, other, other.cursor() as cursor:
+                cursor.execute("NOTIFY news, 'inside'")
+            await until(lambda: heard)
+            with pytest.raises(SandboxEscapedError):
+                await c.set_autocommit(False)
+            await c.close()
+            with pytest.raises(psycopg.OperationalError):
+                await worker
+        await pool.putconn(c)
 
 
 async def test_a_connection_acquired_before_the_block_can_only_undo(ground: Ground) -> None:
@@ -759,12 +941,6 @@ async def _copy_by_hand(c: AsyncConnection[Any]) -> None:
         pass
 
 
-async def _lasting_cursor(c: AsyncConnection[Any]) -> None:
-    await c.set_autocommit(True)
-    async with c.cursor("x", withhold=True) as cursor:
-        await cursor.execute("SELECT 1")
-
-
 async def _server_cursor(c: AsyncConnection[Any]) -> None:
     async with c.cursor("x") as cursor:
         await cursor.execute("SELECT 1; COMMIT")
@@ -782,7 +958,6 @@ REFUSED: dict[str, Callable[[AsyncConnection[Any]], Awaitable[object]]] = {
     "COMMIT in a server-side cursor": _server_cursor,
     "VACUUM": _vacuum,
     "a COPY by a cursor made by hand": _copy_by_hand,
-    "a cursor that outlives no transaction": _lasting_cursor,
 }
 
 

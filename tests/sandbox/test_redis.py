@@ -22,6 +22,7 @@ from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCl
 
 from lifekit import Registry, embedded
 from lifekit._errors import SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
+from lifekit.sandbox._redis_commands import is_plain
 from lifekit.sandbox.redis import sandbox
 from lifekit.testing import sandboxing
 from lifekit.testing._fake_redis import fake_redis
@@ -133,7 +134,7 @@ async def test_what_a_block_did_is_gone_and_outside_it_the_client_is_real(admin:
             assert await cache.keys() == ["kept"]
         await cache.set("outside", "1")
         assert admin.getdel("outside") == "1"
-    assert admin.leases() == []
+    await until(lambda: admin.leases() == [])
 
 
 async def test_a_block_after_another_needs_one_message(admin: Admin) -> None:
@@ -273,6 +274,28 @@ async def test_aclose_by_the_application_closes_what_is_inside(admin: Admin) -> 
         assert outside[0].is_connected
 
 
+async def test_a_single_connection_that_was_cancelled_or_refused_is_given_back(admin: Admin) -> None:
+    """It connects anew for the next command; what was never sent owes no reply; names go with it."""
+    single = {"single_connection_client": True}
+    async with opened(lambda: connect(admin.url, **single)) as (block, cache):
+        async with block():
+            task = asyncio.create_task(cache.blpop(["queue"]))
+            await until(lambda: admin.runs("blpop"))
+            task.cancel()
+            await asyncio.wait([task])
+            await cache.client_setname("mine")
+        for command in ("FLUSHALL", "SELECT 1"):
+            async with block():
+                assert not await cache.client_getname()
+                async with cache.pipeline() as pipeline:
+                    pipeline.set("a", "1").execute_command(command)
+                    with pytest.raises(SandboxUnsupportedError):
+                        await pipeline.execute()
+                with pytest.raises(exceptions.DataError):
+                    await cache.set("a", None)
+                assert await cache.dbsize() == 0
+
+
 async def test_what_a_connection_was_told_is_not_seen_by_the_next_block(admin: Admin) -> None:
     """Client names, and transactions that nobody ended."""
     async with opened(lambda: connect(admin.url)) as (block, cache):
@@ -376,6 +399,32 @@ async def test_what_scripts_call_is_refused_too(text: str, admin: Admin) -> None
             assert await cache.get("a") == "1"
 
 
+NEEDS_NO_GUARD = {
+    "return redis.call('SET', KEYS[1], ARGV[1])": True,
+    "#!lua\nlocal x = server.pcall( \"get\" , 'a') return cjson.encode(redis.sha1hex('SELECT'))": True,
+    "return redis.call('SELECT', 0)": False,
+    "return redis.call('select', 0)": False,
+    "return redis.call('SEL' .. 'ECT', 0)": False,
+    "return redis.call('COPY', 'a', 'b', 'DB', 0)": False,
+    "return redis.call('PUBLISH', 'a', 'b')": False,
+    "return redis.call(KEYS[1])": False,
+    "return redis.call('\\83ELECT', 0)": False,
+    "local r = redis return r.call('SELECT', 0)": False,
+    "local f = redis.call return f('SELECT', 0)": False,
+    "return redis['call']('SELECT', 0)": False,
+    "return redis['c' .. 'all']('SELECT', 0)": False,
+    "return redis.call 'FLUSHALL'": False,
+    "return redis . call('FLUSHALL')": False,
+    "return _G['re' .. 'dis']['c' .. 'all']('SELECT', 0)": False,
+}
+
+
+@pytest.mark.parametrize("text", NEEDS_NO_GUARD)
+def test_scripts_that_name_harmless_commands_are_run_as_they_are(text: str) -> None:
+    """So that errors, digests and the server's cache are those of production; others are guarded."""
+    assert is_plain(text.encode()) is NEEDS_NO_GUARD[text]
+
+
 async def test_scripts_work_as_they_do_outside(admin: Admin) -> None:
     """Replies, digests, errors with their lines, what a script publishes; unknown ones are unknown."""
     async with opened(lambda: connect(admin.url)) as (block, cache):
@@ -390,6 +439,10 @@ async def test_scripts_work_as_they_do_outside(admin: Admin) -> None:
         async with block():
             with pytest.raises(exceptions.ResponseError, match="user_script:2:"):
                 await cache.eval(broken, 0)
+            with pytest.raises(exceptions.ResponseError, match=r"on @user_script:3\."):
+                await cache.eval("local a = 1\n\nreturn redis.call('LPUSH', 'a')", 0)
+            with pytest.raises(exceptions.ResponseError, match="specify at least one argument"):
+                await cache.eval("return redis.call()", 0)
             assert await cache.eval(twice, 1, "k", 21) == plain
             digest = await cache.script_load("return redis.call('GET', KEYS[1])")
             assert await cache.script_exists(digest) == [True]
@@ -446,6 +499,31 @@ async def test_channels_are_apart_and_have_their_own_names(options: Any, admin: 
     seen = outside.get_message(timeout=0.01)
     assert seen is None or seen["channel"].startswith("lifekit-")
     outside.close()
+
+
+async def test_clients_of_several_databases_have_the_same_channels(admin: Admin) -> None:
+    """Channels are a server's; keyspace notifications tell the number of each client's own database."""
+    admin.config_set("notify-keyspace-events", "KEA")
+    other = admin.url[:-1] + "1"
+    async with opened(lambda: connect(admin.url), lambda: connect(other)) as (block, first, second):
+        listener = first.pubsub(ignore_subscribe_messages=True)
+        async with listener:
+            await listener.subscribe("news")
+            await heard(first, "news")
+            for _ in "12":
+                async with block(), second.pubsub() as pubsub:
+                    assert await second.pubsub_channels() == ["news"]
+                    assert await second.execute_command("publish news", "x") == 1
+                    assert (await next_message(listener))["data"] == "x"
+                    await pubsub.psubscribe("__keyevent@0__:*", "__keyspace@*__:*")
+                    confirmed = [(await next_message(pubsub))["channel"] for _ in "12"]
+                    assert confirmed == ["__keyevent@0__:*", "__keyspace@*__:*"]
+                    admin.set("kept", "1")
+                    await first.set("a", "1")
+                    await second.set("b", "1")
+                    seen = {(await next_message(pubsub))["channel"] for _ in "123"}
+                    assert seen == {"__keyevent@0__:set", "__keyspace@0__:a", "__keyspace@1__:b"}
+    admin.config_set("notify-keyspace-events", "")
 
 
 async def test_keyspace_notifications_speak_of_the_applications_own_number(admin: Admin) -> None:

@@ -6,9 +6,11 @@ import asyncio
 import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import psycopg2
 import pytest
 from sqlalchemy import (
@@ -529,6 +531,40 @@ async def test_listeners_of_the_pool_are_called(opened: Opens) -> None:
     async with sandboxed.block():
         assert await names(sandboxed.engine) == ["first"]
     assert calls == ["connect", "connect", "checkin", "checkin", "checkout", "checkin"]
+
+
+async def test_engines_and_pools_have_a_transaction_each(databases: Databases) -> None:
+    """None sees what another committed, whatever their logins: only pools of asyncpg share."""
+    registry = Registry()
+    url = databases.url(databases.template)
+    engine = registry.resource(name="engine")(lambda: create_async_engine(url))
+    twin = registry.resource(name="twin")(lambda: create_async_engine(url))
+    named = registry.resource(name="named")(
+        lambda: create_async_engine(url, connect_args={"server_settings": {"application_name": "x"}})
+    )
+    login = databases.url(databases.template, "postgresql")
+    pools: list[Any] = [
+        registry.resource(name=f"pool{size}")(partial(_pool, login, max_size=size)) for size in (1, 2)
+    ]
+    user = f"user_{databases.template}"
+    databases.run(f"CREATE ROLE {user} LOGIN SUPERUSER PASSWORD 'other'")
+    other = registry.resource(name="other")(partial(_pool, login, user=user, password="other"))
+    with sandboxing():
+        async with registry.lifespan() as lifespan, lifespan.sandbox():
+            assert await begin_commits_and_rolls_back(lifespan[engine]) == ["first", "kept"]
+            for each in (twin, named):
+                assert await names(lifespan[each]) == ["first"]
+            await lifespan[pools[0]].execute("UPDATE item SET parent = 0")
+            count = "SELECT count(*) FROM item WHERE parent = 0"
+            seen = [await lifespan[each].fetchval(count) for each in (*pools, other)]
+            assert seen == [1, 1, 0]
+    databases.run(f"DROP ROLE {user}")
+    assert databases.rows() == UNTOUCHED
+
+
+async def _pool(url: str, **given: Any) -> Any:
+    options: dict[str, Any] = {"min_size": 0, "max_size": 2, **given}
+    return await asyncpg.create_pool(url, **options)
 
 
 async def test_a_derived_engine_is_in_the_sandbox(databases: Databases) -> None:
