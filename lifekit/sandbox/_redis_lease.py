@@ -222,12 +222,16 @@ async def take(
             channels.numbers[b"%d" % own] = b"%d" % number
             return Lease(link, number, server, channels)
     _, clients = await link.ask(("CLIENT", "SETNAME", ""), ("CLIENT", "LIST"))
+    raise _all_leased(server, clients)
+
+
+def _all_leased(server: str, clients: bytes) -> SandboxBusyError:
     holders = [client for client in lines_of(clients) if client["name"].startswith(_NAME)]
-    lines = [f"  {c['name'].removeprefix(_NAME)} from {c['addr']}" for c in holders]
-    raise SandboxBusyError(
+    lines = [f"  {c['name'].removeprefix(_NAME)} from {c['addr']}\n" for c in holders]
+    return SandboxBusyError(
         f"each database of {server} is leased to a test run, or is one that the application's own "
-        "settings name:\n" + "".join(f"{line}\n" for line in sorted(lines)) + "(number, process and "
-        "host, address). Let one end, or give the server more: `databases 64` in its configuration."
+        f"settings name:\n{''.join(sorted(lines))}(number, process and host, address). Let one end, or "
+        "give the server more: `databases 64` in its configuration."
     )
 
 

@@ -313,17 +313,16 @@ CATALOGS = (
     "index",
     "settings",
 )
-ACTING = (
-    "datname = 'boxed' AND pid <> pg_backend_pid() "
-    "AND (state = 'active' OR backend_xid IS NOT NULL OR backend_xmin IS NOT NULL)"
-)
+OTHERS = "FROM pg_stat_activity WHERE datname = 'boxed' AND pid <> pg_backend_pid()"
+LOCKS = f"FROM pg_locks WHERE locktype <> 'virtualxid' AND pid IN (SELECT pid {OTHERS})"
+ACTING = f"{OTHERS} AND (state = 'active' OR coalesce(backend_xid, backend_xmin) IS NOT NULL)"
 HOLDS = "SELECT " + ", ".join(
     [
         *(f"(SELECT array_agg(t::text ORDER BY t::text) FROM {each} AS t)" for each in TABLES),
         *(f"(SELECT count(*) FROM pg_{each})" for each in CATALOGS),
         # The sandbox's next transaction may have begun, but neither holds nor sees anything.
-        "(SELECT count(*) FROM pg_locks WHERE locktype <> 'virtualxid' AND pid <> pg_backend_pid())",
-        f"(SELECT count(*) FROM pg_stat_activity WHERE {ACTING})",
+        f"(SELECT count(*) {LOCKS})",
+        f"(SELECT count(*) {ACTING})",
     ]
 )
 
@@ -358,7 +357,7 @@ class Worlds:
         self.stack = AsyncExitStack()
         admin = await asyncpg.connect(self.url)
         for name in ("production", "boxed"):
-            await admin.execute(f"DROP DATABASE IF EXISTS {name}")
+            await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
             await admin.execute(f"CREATE DATABASE {name}")
         await admin.close()
         base = self.url.rpartition("/")[0]
