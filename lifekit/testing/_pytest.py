@@ -235,6 +235,8 @@ class Run:
         self._told: list[tuple[Exception, str]] = []
         self._left: list[Lifespan] = []
         self.escaped: Exception | None = None
+        self.asked: Any = None
+        """The test whose place is made next, and what its fixture for the application gave."""
 
     @asynccontextmanager
     async def opened(self, app: ASGIApp, kind: str) -> AsyncGenerator[Running]:
@@ -345,7 +347,7 @@ def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
     with _readable():
         kind = kind_for(request.node)
         with run.told_once(request.node.nodeid):
-            request.getfixturevalue(f"_lifekit_app_{kind}")
+            run.asked = request.node, request.getfixturevalue(f"_lifekit_app_{kind}")
         request.node.addfinalizer(run.raise_escaped)  # after the place's own, which is added next
         made: Place = request.getfixturevalue(f"_lifekit_place_{kind}")
     return made
@@ -359,16 +361,16 @@ def fixtures(run: Run) -> ModuleType:
         setattr(made, name, make(scope=scope, name=name, **options)(function))
 
     add("_lifekit_app_sync", _sync_app(run), "session")
-    add("_lifekit_place_sync", _sync_place, "function")
+    add("_lifekit_place_sync", _sync_place(run), "function")
     pytest_asyncio: Any = sys.modules.get("pytest_asyncio")
     for scope in SCOPES:
         kind = f"anyio_{scope}"
         add(f"_lifekit_app_{kind}", _anyio_app(run, kind), scope)
-        add(f"_lifekit_place_{kind}", _anyio_place(run, kind), "function")
+        add(f"_lifekit_place_{kind}", _anyio_place(run), "function")
         if pytest_asyncio is not None:
             make, kind = partial(pytest_asyncio.fixture, loop_scope=scope), f"pytest-asyncio_{scope}"
             add(f"_lifekit_app_{kind}", _asyncio_app(run, kind), scope, make)
-            add(f"_lifekit_place_{kind}", _asyncio_place(run, kind), "function", make)
+            add(f"_lifekit_place_{kind}", _asyncio_place(run), "function", make)
     return made
 
 
@@ -383,10 +385,13 @@ def _sync_app(run: Run) -> Any:
     return app
 
 
-def _sync_place(request: pytest.FixtureRequest, _lifekit_app_sync: Any) -> Iterator[Place]:
-    served, portal = _lifekit_app_sync
-    with sync_place(request.node, served, portal) as made:
-        yield made
+def _sync_place(run: Run) -> Any:
+    def function() -> Iterator[Place]:
+        item, (served, portal) = run.asked
+        with sync_place(item, served, portal) as made:
+            yield made
+
+    return function
 
 
 def _anyio_app(run: Run, kind: str) -> Any:
@@ -405,19 +410,17 @@ def _asyncio_app(run: Run, kind: str) -> Any:
     return app
 
 
-def _anyio_place(run: Run, kind: str) -> Any:
-    async def function(request: pytest.FixtureRequest, anyio_backend: object) -> AsyncIterator[Place]:
-        served = request.getfixturevalue(f"_lifekit_app_{kind}")  # which is open
-        async with place(run, request.node, served) as made:
+def _anyio_place(run: Run) -> Any:
+    async def function(anyio_backend: object) -> AsyncIterator[Place]:
+        async with place(run, *run.asked) as made:
             yield made
 
     return function
 
 
-def _asyncio_place(run: Run, kind: str) -> Any:
-    async def function(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
-        served = request.getfixturevalue(f"_lifekit_app_{kind}")  # which is open
-        async with place(run, request.node, served) as made:
+def _asyncio_place(run: Run) -> Any:
+    async def function() -> AsyncIterator[Place]:
+        async with place(run, *run.asked) as made:
             yield made
 
     return function
