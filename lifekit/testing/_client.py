@@ -139,7 +139,7 @@ def sandbox_in(portal: BlockingPortal, served: Running) -> Generator[None]:
 
 @functools.cache
 def _at_test(httpx: ModuleType) -> object:
-    return httpx.URL("http://test/")  # half of what a client costs is to read this
+    return httpx.URL("http://test")  # half of what a client costs is to read this
 
 
 def _httpx() -> ModuleType:
