@@ -157,8 +157,8 @@ READS = [
     "SELECT setval('app.item_id_seq', 50)",
     "SELECT to_regclass('app.extra')::text",
     "SELECT * FROM app.extra",
-    "SELECT pg_advisory_lock(7)",
-    "SELECT pg_advisory_xact_lock(8)",
+    "SELECT pg_try_advisory_lock(7)",
+    "SELECT pg_try_advisory_xact_lock(8)",
     "SELECT pg_advisory_unlock(7)",
     "SELECT count(*) FROM pg_cursors WHERE name NOT LIKE '%asyncpg%'",
     "FETCH 1 FROM own",
@@ -313,6 +313,13 @@ CATALOGS = (
     "index",
     "settings",
 )
+DEFERRABLE = Limit(
+    "DEFERRABLE is accepted at any time, and means nothing",
+    lambda op, here, there, before: (
+        "DEFERRABLE must be called before any query" in str(here) and there[0] == "fine"
+    ),
+)
+
 OTHERS = "FROM pg_stat_activity WHERE datname = 'boxed' AND pid <> pg_backend_pid()"
 LOCKS = f"FROM pg_locks WHERE locktype <> 'virtualxid' AND pid IN (SELECT pid {OTHERS})"
 ACTING = f"{OTHERS} AND (state = 'active' OR coalesce(backend_xid, backend_xmin) IS NOT NULL)"

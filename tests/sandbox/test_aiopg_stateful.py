@@ -19,6 +19,7 @@ from psycopg2 import extensions, extras
 from lifekit.embedded import Server
 
 from .differential import (
+    DEFERRABLE,
     POOL,
     READS,
     Application,
@@ -380,6 +381,7 @@ REFUSED = re.compile(
 )
 
 LIMITS = [
+    DEFERRABLE,
     Limit(
         "a script that fails: the warnings about its transaction control are missing from the notices",
         lambda op, here, there, before: (
@@ -476,7 +478,7 @@ def test_what_matters_most(worlds: Worlds, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@settings(calm, max_examples=500)
+@settings(calm, max_examples=250)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with others each time."""

@@ -17,6 +17,7 @@ from lifekit.embedded import Server
 
 from .differential import (
     DDL,
+    DEFERRABLE,
     POOL,
     READS,
     Application,
@@ -216,6 +217,7 @@ REFUSED = re.compile(
 UNSYNCED = {"prepare", "iterate", "open_cursor", "with_arguments"}
 
 LIMITS = [
+    DEFERRABLE,
     Limit(
         "refused: DEALLOCATE ALL, default modes of transactions, READ ONLY in the midst, and scripts "
         "that go on behind a transaction",
@@ -339,7 +341,7 @@ def test_what_matters_most(worlds: Worlds, blocks: list[tuple[str, ...]], way: s
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@settings(calm, max_examples=600)
+@settings(calm, max_examples=300)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with others each time."""

@@ -21,6 +21,7 @@ from lifekit.embedded import Server
 from lifekit.sandbox._sql import read
 
 from .differential import (
+    DEFERRABLE,
     POOL,
     READS,
     Application,
@@ -387,6 +388,7 @@ def refused(there: Seen) -> bool:
 
 
 LIMITS = [
+    DEFERRABLE,
     Limit(
         "refused: DEALLOCATE ALL, default modes of transactions, READ ONLY in the midst",
         lambda op, here, there, before: (
@@ -518,7 +520,7 @@ def test_what_matters_most(worlds: Worlds, steps: list[tuple[Any, ...] | str]) -
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@settings(calm, max_examples=500)
+@settings(calm, max_examples=250)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with others each time."""

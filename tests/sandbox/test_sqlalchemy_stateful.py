@@ -20,6 +20,7 @@ from lifekit.embedded import Server
 
 from .differential import (
     DDL,
+    DEFERRABLE,
     POOL,
     READS,
     SESSION,
@@ -386,6 +387,7 @@ REFUSED = re.compile(
     r"DEALLOCATE ALL|default_transaction|SESSION CHARACTERISTICS|READ ONLY|(BEGIN|COMMIT|ROLLBACK); \w+"
 )
 LIMITS = [
+    DEFERRABLE,
     Limit(
         "refused: DEALLOCATE ALL, default modes of transactions, READ ONLY in the midst, and scripts "
         "that go on behind a transaction",
@@ -466,7 +468,7 @@ def test_what_matters_most(worlds: Worlds, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@settings(calm, max_examples=400)
+@settings(calm, max_examples=200)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with others each time."""
