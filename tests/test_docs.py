@@ -439,7 +439,7 @@ def test_every_error_has_its_place_in_the_index() -> None:
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     loads = re.compile(r'<(?:link|script|img)\b[^>]*(?:href|src)="https?://[^"]*"')
-    assert [found for page in site.glob("*.html") for found in loads.findall(page.read_text())] == []
+    assert [found for page in site.rglob("*.html") for found in loads.findall(page.read_text())] == []
 
 
 # -- the repository ----------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The code of the how-to pages; tests/test_how_to.py runs it."""
