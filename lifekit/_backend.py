@@ -75,28 +75,58 @@ class Outcome(NamedTuple):
     interrupt: BaseException | None
 
 
-async def undisturbed(coroutine: Coroutine[Any, Any, object], seconds: float) -> Outcome:
+class TimeLimit:
+    """How long each of several things may take that are done one after the other."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.scope: anyio.CancelScope | None = None
+        self._clock = clock()
+        self.restart()
+
+    def restart(self) -> None:
+        """Note that the next one begins."""
+        self.due: float = self._clock() + self.seconds
+        if self.scope is not None:
+            self.scope.deadline = self.due
+
+    def watch(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+        """Cancel *task* at its time."""
+        self.alarm = loop.call_at(self.due, self._ring, loop, task)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+        if loop.time() < self.due:
+            self.watch(loop, task)
+        else:
+            task.cancel()
+
+
+async def undisturbed(coroutine: Coroutine[Any, Any, object], limit: TimeLimit) -> Outcome:
     """Run *coroutine* to its end through every cancellation of the caller, or cancel it at its time."""
     loop = asyncio._get_running_loop()
     if loop is None:
         error: BaseException | None = None
-        with anyio.move_on_after(seconds, shield=True) as scope:
+        with anyio.CancelScope(deadline=limit.due, shield=True) as limit.scope:
             try:
                 await coroutine
-            except Exception as raised:
+            except BaseException as raised:
+                if isinstance(raised, (anyio.get_cancelled_exc_class(), GeneratorExit)):
+                    raise
                 error = raised
-        return Outcome(error, not scope.cancelled_caught, None)
+        return Outcome(error, not limit.scope.cancelled_caught, None)
     task = loop.create_task(coroutine)
-    alarm = loop.call_later(seconds, task.cancel)
+    limit.watch(loop, task)
     interrupt: BaseException | None = None
     kept = Kept(task)
     try:
         await kept
     except asyncio.CancelledError as raised:
         interrupt = raised if kept.asked else None
-    except Exception:
-        pass  # the task's own
-    alarm.cancel()
+    except BaseException:
+        if not task.done():  # else it is the task's own
+            raise
+    finally:
+        limit.alarm.cancel()
     if task.cancelled():
         return Outcome(None, False, interrupt)
     return Outcome(task.exception(), True, interrupt)

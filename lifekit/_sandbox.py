@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from ._backend import undisturbed
+from ._backend import TimeLimit, undisturbed
 from ._errors import SandboxBusyError, SandboxError, SandboxEscapedError, summary
 from ._redact import redact_error
 from ._stack import Site
@@ -113,7 +113,10 @@ class Block:
             return
         self.over = True
         if current_block.get() is self:
-            current_block.set(self._outer)
+            outer = self._outer
+            while outer is not None and outer.over:  # which ended first
+                outer = outer._outer
+            current_block.set(outer)
         try:
             await self._end_all()
         except Exception as failure:
@@ -141,12 +144,13 @@ class Block:
         failures: list[Exception] = []
         interrupt: BaseException | None = None
         while begun:
-            outcome = await undisturbed(_end_each(begun, failures), seconds)
+            limit = TimeLimit(seconds)
+            outcome = await undisturbed(_end_each(begun, failures, limit), limit)
             interrupt = interrupt or outcome.interrupt or outcome.error
             if begun:  # it was stopped there
                 name, sandbox = begun.pop()
+                sandbox.terminate()
                 if not outcome.in_time:
-                    sandbox.terminate()
                     why = f"{name}: undoing took longer than {seconds:.3g} s, so that it was cut off"
                     failures.append(SandboxEscapedError(why))
         if interrupt is not None:
@@ -159,9 +163,12 @@ class Block:
             raise ExceptionGroup(f"the sandbox at {self.location} ended with failures", failures)
 
 
-async def _end_each(begun: list[tuple[str, Sandbox]], failures: list[Exception]) -> None:
+async def _end_each(
+    begun: list[tuple[str, Sandbox]], failures: list[Exception], limit: TimeLimit
+) -> None:
     """Undo in reverse order; where that is stopped, at the last one left."""
     while begun:
+        limit.restart()
         try:
             await begun[-1][1].end()
         except Exception as error:

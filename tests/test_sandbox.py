@@ -271,6 +271,51 @@ async def test_an_end_that_hangs_is_cut_off_and_named(shop: Shop) -> None:
             assert shop.log[-2:] == ["cut off orders", "end users"]
 
 
+async def test_each_value_has_the_time_limit_to_itself(shop: Shop) -> None:
+    """What the one before it took is not taken from it."""
+
+    async def slow(self: TableSandbox) -> None:
+        await anyio.sleep(0.6 * 0.2)
+        self.note("end")
+
+    shop.registry.close_timeout = 0.2
+    with sandboxing(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TableSandbox, "end", slow)
+        async with shop.registry.lifespan() as lifespan, lifespan.sandbox():
+            pass
+    assert [line for line in shop.log if "users" in line or "orders" in line][-6:-4] == [
+        "end orders",
+        "end users",
+    ]
+
+
+async def test_an_end_that_is_interrupted_is_cut_off_and_the_others_end(shop: Shop) -> None:
+    """By what is no Exception, as the time limit of a test-runner."""
+
+    class Interrupted(BaseException):
+        pass
+
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            lifespan[shop.orders].fails["end"] = Interrupted()  # pyright: ignore
+            with pytest.raises(Interrupted):
+                async with lifespan.sandbox():
+                    pass
+            assert shop.log[-3:] == ["end orders", "cut off orders", "end users"]
+
+
+async def test_blocks_that_overlap_leave_nobody_refused(shop: Shop) -> None:
+    """Of two lifespans, the first to begin is the first to end."""
+    with sandboxing():
+        async with shop.registry.lifespan() as one, Shop().registry.lifespan() as two:
+            first, second = one.sandbox(), two.sandbox()
+            await first.__aenter__()
+            await second.__aenter__()
+            await first.__aexit__(None, None, None)
+            await second.__aexit__(None, None, None)
+            refuse_stragglers("db")
+
+
 async def test_code_started_in_a_block_is_a_straggler_once_that_has_ended(shop: Shop) -> None:
     go = anyio.Event()
     told: list[Any] = []

@@ -43,7 +43,7 @@ _DEFAULTS = re.compile(
     r"\bdefault_transaction_|\bsession\s+characteristics\b|\bstandard_conforming_strings\b",
     re.IGNORECASE,
 )
-_RESET_ALL = re.compile(r"\s*(?:reset|discard)\s+all\b", re.IGNORECASE)
+_LIMIT = re.compile(r"\b(?:reset|discard)\s+all\b|transaction\w*_timeout\b", re.IGNORECASE)
 _ALL_STATEMENTS = re.compile(r"\s*deallocate\s+(?:prepare\s+)?all\b", re.IGNORECASE)
 _STATEMENTS = re.compile(r"\s*(?:prepare|deallocate|discard)\b", re.IGNORECASE)
 
@@ -177,7 +177,7 @@ class Lane(Holder):
             try:
                 await self._remember_settings(script)
                 result = await send()
-                shared.limits_lost |= script.session and _resets_all(script)
+                await self._keep_limits(script)
                 return result
             except BaseException as error:
                 self.doubtful = True
@@ -193,7 +193,7 @@ class Lane(Holder):
             try:
                 await self._remember_settings(script)
                 result = await send()
-                shared.limits_lost |= script.session and _resets_all(script)
+                await self._keep_limits(script)
             except Exception as error:
                 shared.explain(error, in_transaction=False)
                 raise
@@ -206,6 +206,11 @@ class Lane(Holder):
         finally:
             self._settings.clear()
             shared.leave(self)
+
+    async def _keep_limits(self, script: Script) -> None:
+        # The real transaction outlives the application's, and must not be ended for that.
+        if script.session and any(_LIMIT.search(statement.text) for statement in script.statements):
+            await self.shared.set_limits()
 
     def _touch_session(self, script: Script) -> None:
         self.touched_session = True
@@ -469,10 +474,6 @@ class Lane(Holder):
             raise self.shared.wire.error(
                 NO_TRANSACTION, f"{what} can only be used in transaction blocks"
             )
-
-
-def _resets_all(script: Script) -> bool:
-    return any(_RESET_ALL.match(statement.text) for statement in script.statements)
 
 
 def _messages(script: Script) -> Iterator[str]:

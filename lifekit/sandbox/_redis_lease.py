@@ -21,6 +21,7 @@ from lifekit import embedded
 from lifekit._errors import SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError, summary
 
 from ._redis_commands import Channels, lines_of
+from ._sockets import is_cut
 
 MARK = "lifekit:test-server"
 """A key in database 0 by which users say that a server is for tests."""
@@ -66,6 +67,10 @@ class Link:
         reader, writer = self._connection._reader, self._connection._writer
         return reader is None or writer is None or reader.at_eof() or writer.is_closing()
 
+    def is_cut(self) -> bool:
+        """Return whether the server has closed the connection, which is idle."""
+        return is_cut(self._connection._writer.get_extra_info("socket"))
+
     def cut(self) -> None:
         """Close the connection at once."""
         cut(self._connection)
@@ -94,6 +99,10 @@ class Lease:
     def is_lost(self) -> bool:
         """Return whether another may have the number by now."""
         return self._link.is_lost()
+
+    def is_cut(self) -> bool:
+        """Return whether the server has ended it, of which the loop may know nothing yet."""
+        return self._link.is_cut()
 
     async def undo(self) -> None:
         """Empty the database.

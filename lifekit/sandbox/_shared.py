@@ -52,7 +52,7 @@ LOCK_NOT_AVAILABLE = "55P03"
 
 _LIMITS = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '9999' ELSE '0' END, false)
 FROM pg_catalog.pg_settings WHERE name = 'lock_timeout' AND setting = '0' OR setting <> '0'
-AND name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
+AND name IN ('idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout')"""
 """The real transaction may be idle and long, and waits for no lock for ever."""
 _HAS_DEFERRABLE = """SELECT 'yes' FROM pg_catalog.pg_constraint WHERE condeferrable LIMIT 1"""
 _DEFER_AGAIN = """DO $lifekit$ DECLARE names text; BEGIN
@@ -117,7 +117,6 @@ class Shared:
         self._names: set[str] = set()
         self._limited = False
         self.is_open: bool = False  # in a block
-        self.limits_lost: bool = False  # by RESET ALL, in the running block
 
     def begin(self) -> None:
         """Begin a block; what is sent for it goes with its first statement."""
@@ -157,12 +156,12 @@ class Shared:
         rest += [f"DEALLOCATE {name}" for name in self._names]
         again = [] if self.dirty else ["BEGIN", f"SAVEPOINT {self._savepoint}"]
         self._names.clear()
-        self.wrote = self.limits_lost = False
-        self._begun_at = None
+        self.wrote = False
         try:
             await self.wire.control("; ".join([undo, *rest, "ROLLBACK", *again]))
             self._begun_at = self._clock() if again else None
         except Exception as error:
+            self._begun_at = None
             if self.wire.lost():  # then the server has undone it
                 return
             with suppress(Exception):
@@ -259,8 +258,6 @@ class Shared:
                 sql = f"RELEASE SAVEPOINT {self._savepoint}; SAVEPOINT {self._savepoint}"
             case Savepoint.UNDONE:
                 sql = f"ROLLBACK TO SAVEPOINT {self._savepoint}"
-        if self.limits_lost:
-            sql, self.limits_lost = f"{sql}; {_LIMITS}", False
         await self.control(sql, leads_to=Savepoint.CLEAN)
 
     async def defers(self) -> bool:
@@ -281,6 +278,10 @@ class Shared:
         except BaseException:
             self.savepoint = Savepoint.UNDONE
             raise
+
+    async def set_limits(self) -> None:
+        """Let the real transaction be idle, and long, but wait for no lock for ever."""
+        await self.control(_LIMITS)
 
     async def close_cursors(self) -> None:
         """Close the cursors that end with a transaction."""

@@ -29,6 +29,7 @@ from lifekit.drivers.asyncpg import loans
 from ._holders import escaped_strays, lets_go
 from ._lane import Lane
 from ._shared import Shared
+from ._sockets import is_cut
 
 _SECONDS = 60.0
 """For the sandbox's own statements, which wait for no lock and do little."""
@@ -65,6 +66,10 @@ class RealConnection:
     def lost(self) -> bool:
         """Return whether the connection is gone."""
         return bool(self.connection.is_closed())
+
+    def is_cut(self) -> bool:
+        """Return whether the server has closed the connection, which is idle."""
+        return is_cut(self.connection._transport.get_extra_info("socket"))
 
 
 def connect(shared: Shared, real: Any) -> Any:
@@ -360,7 +365,7 @@ class PoolSandbox(Sandbox):
         shared: RealConnection | None = commons.get(self._key)
         if shared is not None and not shared.lost():
             return shared
-        if self._own is None or self._own.lost():
+        if self._own is None or self._own.lost() or self._own.is_cut():
             pool = self._pool
             connection = await pool._get_new_connection()
             self._own = RealConnection(connection)

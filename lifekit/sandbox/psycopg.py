@@ -28,6 +28,7 @@ from lifekit.drivers.psycopg import Pool, called_like
 from ._holders import escaped_strays, lets_go
 from ._psycopg_connection import LaneConnection, RealConnection
 from ._shared import Shared
+from ._sockets import is_cut
 
 _USE = "async with pool.connection() as connection"
 _STATE = (
@@ -56,6 +57,8 @@ class PoolSandbox(Sandbox):
         pool = self._pool
         if pool.closed:
             return
+        if self._real is not None and not self._real.closed and is_cut(self._real.pgconn.socket):
+            await self._real.close()
         if self._real is None or self._real.closed:
             self._inside = None
             self._real = await pool._connect()

@@ -43,6 +43,7 @@ class RedisSandbox(Sandbox):
     def __init__(self, client: Any, described: str) -> None:
         self.active: bool = False
         self.lease: Lease | None = None
+        self._cut_off: int | None = None  # the number of a block that was, which nobody emptied
         self.own: int = int(client.connection_pool.connection_kwargs.get("db") or 0)
         self.other: _Connections = _Connections([], set())
         """The connections that the pool has when it is not as it is now."""
@@ -62,7 +63,7 @@ class RedisSandbox(Sandbox):
 
     async def begin(self) -> None:
         """Put connections in the pool that select the leased database."""
-        if self.lease is None or self.lease.is_lost():
+        if self.lease is None or self._must_leave(self.lease):
             block = current_block.get()
             if block is not None:
                 lifespan = block.lifespan
@@ -76,6 +77,10 @@ class RedisSandbox(Sandbox):
         await self._wake()
         await self._let_listeners_hear(self.lease)
         await self.lease.unblock([each for each in self.other.in_use if each._gate.waits])
+
+    def _must_leave(self, lease: Lease) -> bool:
+        # A lifespan that opened since may have the number as its own.
+        return lease.is_lost() or lease.is_cut() or lease.number in {each.own for each in _open}
 
     async def end(self) -> None:
         """Take them out, and empty the database."""
@@ -152,19 +157,21 @@ class RedisSandbox(Sandbox):
         with suppress(SandboxEscapedError):
             await self.end()
         self.terminate()
+        _open.discard(self)
+        if isinstance(self._pool, SandboxedPool):
+            cast(Any, self._pool).__class__ = self._kind
 
     def terminate(self) -> None:
-        """Cut off what is inside, and give up the lease."""
+        """Cut off what is inside, and give up the lease; the next block takes another."""
+        self._may_ask.set()
         if self.active:
             self._client.connection = self._single
             self._leave_block(list(self._pool._in_use_connections))
         self.drop_inside()
         if self.lease is not None:
+            self._cut_off = self.lease.number
             self.lease.leave(self)
             self.lease = None
-        _open.discard(self)
-        if isinstance(self._pool, SandboxedPool):
-            cast(Any, self._pool).__class__ = self._kind
 
     def drop_inside(self) -> None:
         """Cut idle connections off that know the leased database."""
@@ -210,7 +217,7 @@ class RedisSandbox(Sandbox):
 
     async def _take_lease(self) -> None:
         self.drop_inside()
-        former = self.lease.number if self.lease is not None else None
+        former = self.lease.number if self.lease is not None else self._cut_off
         if self.lease is not None:
             for connection in self._pool._in_use_connections:
                 if connection._gate.is_joined:  # to a number that may be another's by now
@@ -232,7 +239,7 @@ class RedisSandbox(Sandbox):
                 raise _no_cluster(self._described)
             leases = self._shared.setdefault(facts[b"run_id"], {})
             lease = leases.get(self.own)
-            if lease is None or lease.is_lost() or not lease.sandboxes:
+            if lease is None or self._must_leave(lease) or not lease.sandboxes:
                 kept = {sandbox.own for sandbox in _open}
                 channels = next((each.channels for each in leases.values()), None) or Channels()
                 lease = await take(link, self.own, kept, self._described, channels, former)

@@ -69,7 +69,7 @@ def client_of(
     # What the environment says of proxies and logins is not for an application in the same process.
     options.setdefault("trust_env", False)
     made: AsyncClient = httpx.AsyncClient(
-        transport=transport, base_url=base_url or _at_test(httpx), **options
+        transport=transport, base_url=_at_test(httpx) if base_url is None else base_url, **options
     )
     return made
 

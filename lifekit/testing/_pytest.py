@@ -237,6 +237,7 @@ class Run:
         self.escaped: Exception | None = None
         self.asked: Any = None
         """The test whose place is made next, and what its fixture for the application gave."""
+        self.placed: tuple[pytest.Item, Place] | None = None
 
     @asynccontextmanager
     async def opened(self, app: ASGIApp, kind: str) -> AsyncGenerator[Running]:
@@ -279,8 +280,9 @@ class Run:
                 raise
             _fail(f"{type(error).__name__}: {error}\n{first} shows where. It was not tried again.")
 
-    def raise_escaped(self) -> None:
+    def leave(self) -> None:
         """Raise what the end of the last test's block raised."""
+        self.asked = self.placed = None
         escaped, self.escaped = self.escaped, None
         if escaped is not None:
             with _readable():
@@ -342,14 +344,17 @@ def summary(accounts: Iterable[Account]) -> Iterator[str]:
 
 def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
     """Return the place that the fixtures of the right kind make for a test."""
+    if run.placed is not None and run.placed[0] is request.node:
+        return run.placed[1]
     if asyncio._get_running_loop() is not None:
         _fail("this fixture can't be made while a test runs: ask for it in the test's parameters")
     with _readable():
         kind = kind_for(request.node)
         with run.told_once(request.node.nodeid):
             run.asked = request.node, request.getfixturevalue(f"_lifekit_app_{kind}")
-        request.node.addfinalizer(run.raise_escaped)  # after the place's own, which is added next
+        request.node.addfinalizer(run.leave)  # after the place's own, which is added next
         made: Place = request.getfixturevalue(f"_lifekit_place_{kind}")
+    run.placed = request.node, made
     return made
 
 

@@ -1612,6 +1612,31 @@ async def test_a_limit_for_idle_transactions_does_not_end_the_real_one(box: Box)
         assert await pool.fetchval(COUNT) == 3
 
 
+@pytest.mark.parametrize("lifts", ["SET idle_in_transaction_session_timeout = 20", "RESET ALL"])
+async def test_a_limit_set_inside_does_not_end_the_real_one_either(lifts: str, box: Box) -> None:
+    lifespan, pool = await box.open(server_settings={"idle_in_transaction_session_timeout": "20"})
+    async with lifespan.sandbox():
+        await pool.execute(ADD)
+        await pool.execute(lifts)
+        async with asyncio.timeout(0.1):
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        assert await pool.fetchval(COUNT) == 3
+
+
+async def test_a_connection_killed_between_blocks_is_made_anew(box: Box) -> None:
+    """Also where the loop did not run since, and has not heard of it."""
+    lifespan, pool = await box.open(min_size=0)
+    async with lifespan.sandbox():
+        await pool.execute(ADD)
+    killed = (
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    )
+    box.outside.ask(f"{killed} AND datname = current_database()")
+    async with lifespan.sandbox():
+        assert await pool.fetchval(COUNT) == 2
+
+
 async def test_strings_can_t_be_given_another_meaning(app: Any) -> None:
     with pytest.raises(SandboxUnsupportedError, match="how strings are written"):
         await app.execute("SET standard_conforming_strings = off")

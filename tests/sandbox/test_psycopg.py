@@ -983,6 +983,21 @@ async def test_a_server_that_goes_away_undoes_all_and_the_next_block_works(groun
             assert await implicit_transactions(pool)
 
 
+async def test_a_connection_killed_between_blocks_is_made_anew(ground: Ground) -> None:
+    """Although nobody reads what an idle connection is told."""
+    async with ground.lifespan() as (lifespan, pool):
+        async with lifespan.sandbox():
+            assert await implicit_transactions(pool)
+        async with pool.connection() as c:
+            await c.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND state = 'idle in transaction' "
+                "AND pid <> pg_backend_pid()"
+            )
+        async with lifespan.sandbox():
+            assert await implicit_transactions(pool)
+
+
 async def test_the_driver_without_a_sandbox_is_untouched(ground: Ground) -> None:
     """Outside of a block the pool gives what it always gave."""
     async with ground.lifespan() as (lifespan, pool):

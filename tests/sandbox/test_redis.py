@@ -137,6 +137,45 @@ async def test_what_a_block_did_is_gone_and_outside_it_the_client_is_real(admin:
     await until(lambda: admin.leases() == [])
 
 
+async def test_a_sandbox_that_was_cut_off_takes_another_lease(admin: Admin) -> None:
+    """What the next block does is undone as well."""
+    async with opened(lambda: connect(admin.url)) as (block, cache):
+        async with block():
+            await cache.set("inside", "1")
+            cache.connection_pool._sandbox.terminate()
+        async with block():
+            assert await cache.keys() == []
+            await cache.set("inside", "1")
+        assert await cache.keys() == ["kept"]
+
+
+async def test_a_lease_killed_between_blocks_is_taken_anew(admin: Admin) -> None:
+    """Also where the loop did not run since, and has not heard of it."""
+    async with opened(lambda: connect(admin.url)) as (block, cache):
+        for _ in range(2):
+            async with block():
+                assert await cache.keys() == []
+                await cache.set("inside", "1")
+            admin.kill(name=LEASE)
+        assert await cache.keys() == ["kept"]
+
+
+async def test_no_lease_is_a_database_that_is_the_own_of_another_since(admin: Admin) -> None:
+    """What that wrote there for real stays."""
+    async with opened(lambda: connect(admin.url)) as (block, cache):
+        async with block():
+            await cache.set("inside", "1")
+            [number] = admin.leases()
+        url = f"{admin.url.rpartition('/')[0]}/{number}"
+        async with opened(lambda: connect(url)) as (_, other):
+            await other.set("real", "1")
+            async with block():
+                assert await cache.keys() == []
+                await cache.set("inside", "1")
+            assert await other.keys() == ["real"]
+            await other.delete("real")
+
+
 async def test_a_block_after_another_needs_one_message(admin: Admin) -> None:
     """One FLUSHDB, at the end; a block in which nothing was sent needs not even that."""
     async with opened(lambda: connect(admin.url)) as (block, cache):

@@ -104,9 +104,10 @@ async def asks(client):
     assert (await client.get("/a")).json() == ["a"]
 
 @pytest.mark.asyncio
-async def test_function(client, sandbox):
+async def test_function(client, sandbox, request):
     await asks(client)
     assert str(sandbox.location) == "test_it.py:9 in test_function"
+    assert request.getfixturevalue("lifespan").block is sandbox
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_session(client): await asks(client)
@@ -127,7 +128,7 @@ def written(sync_client):
 def test_sync(written, sync_client, lifespan, sandbox):
     assert sync_client.get("/a").json() == ["written", "a"]
     assert lifespan.block is sandbox
-    assert str(sandbox.location) == "test_it.py:30 in test_sync"
+    assert str(sandbox.location) == "test_it.py:31 in test_sync"
 
 def test_sync_again(sync_client):
     assert sync_client.get("/a").json() == ["a"]
