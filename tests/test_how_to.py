@@ -385,6 +385,7 @@ def failing_uvicorn() -> Iterator[subprocess.Popen[str]]:
         yield server
 
 
+@pytest.mark.long
 def test_several_workers_have_the_flaws_that_the_page_names(
     failing_uvicorn: subprocess.Popen[str], tmp_path: Path
 ) -> None:
@@ -403,6 +404,7 @@ def test_several_workers_have_the_flaws_that_the_page_names(
     assert failing_uvicorn.returncode == 0
 
 
+@pytest.mark.long
 def test_a_stop_takes_as_long_as_its_limits_together(environment: dict[str, str]) -> None:
     began = 0.0
     options = ["--port", "0", "--timeout-graceful-shutdown", "1", "how_to.stuck:app"]

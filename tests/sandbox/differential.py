@@ -114,7 +114,9 @@ class Application:
 
     def text(self, error: Exception) -> str:
         """What an error says, but for what is another each time."""
-        return re.sub(r"__asyncpg_(\w+?)_\w+__|0x[0-9a-f]+", r"\1", str(error))
+        # A session goes on calling a function as its search_path once let it.
+        said = str(error).replace("function app.note()", "function note()")
+        return re.sub(r"__asyncpg_(\w+?)_\w+__|0x[0-9a-f]+", r"\1", said)
 
     def note(self, op: Op) -> None:
         """Find who is in a transaction, which it lends as long as it only reads."""
@@ -318,6 +320,11 @@ DEFERRABLE = Limit(
     lambda op, here, there, before: (
         "DEFERRABLE must be called before any query" in str(here) and there[0] == "fine"
     ),
+)
+
+READ_ONLY_LATE = Limit(
+    "refused: a transaction that becomes READ ONLY after its first statement",
+    lambda op, here, there, before: "becomes READ ONLY before its first statement" in str(there),
 )
 
 OTHERS = "FROM pg_stat_activity WHERE datname = 'boxed' AND pid <> pg_backend_pid()"
