@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import aiopg
 import psycopg2
 from aiopg.utils import ClosableQueue, create_completed_future
-from psycopg2 import extensions
+from psycopg2 import errors, extensions
 
 from lifekit._errors import (
     SandboxBusyError,
@@ -156,12 +156,17 @@ class LaneConnection(aiopg.Connection):
         before, cursor.told = lane.in_transaction, ""
         try:
             tag = await lane.run_script(sql, send)
-        except BaseException:
+        except BaseException as error:
             cursor.told = ""
+            if isinstance(error, errors.ActiveSqlTransaction):  # by the modes of a second BEGIN
+                self._warn(read(sql), "", before)
             raise
         if not isinstance(tag, _Sent):
             cursor.told = tag
-        warnings = _warnings(read(sql), tag, before)
+        self._warn(read(sql), tag, before)
+
+    def _warn(self, script: Script, tag: str, in_transaction: bool) -> None:
+        warnings = _warnings(script, tag, in_transaction)
         self.noticed += [f"WARNING:  {each}\n" for each in warnings]
 
     def _close(self) -> None:

@@ -464,6 +464,11 @@ TOLD: dict[str, list[tuple[Any, ...]]] = {
     "orphan": [("block", "begin", (ORPHAN,), False), ("end", "rollback"), ("fetch", ROWS)],
     "released": [("execute", f"BEGIN; {ADD}"), ("release",), ("acquire",), ("fetch", ROWS)],
     "nested": [("block", "begin", (ADD, (ADD, BAD), ADD), False), ("fetch", ROWS)],
+    "begun twice": [
+        ("begin", None, False, False),
+        ("execute", ADD),
+        ("begin", "repeatable_read", False, False),
+    ],
     "timed out": [
         ("begin", None, False, False),
         ("execute", ADD),
@@ -476,3 +481,12 @@ TOLD: dict[str, list[tuple[Any, ...]]] = {
 def test_what_matters_most(worlds: Worlds, name: str) -> None:
     """The same for what no random choice may leave out."""
     worlds.compare([Op(what, 0, args) for what, *given in TOLD[name] for args in [tuple(given)]])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@settings(calm, max_examples=250, derandomize=True)
+@given(sequences)
+def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
+    """The same, with many more."""
+    worlds.compare(sequence)
