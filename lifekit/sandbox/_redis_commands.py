@@ -277,23 +277,12 @@ def _renumbered(found: re.Match[bytes], numbers: Mapping[bytes, bytes]) -> bytes
 
 _CALL = re.compile(rb"\b(?:redis|server)\.p?call\s*\(\s*(['\"])(\w+)\1\s*(?=[,)])")
 _CALLING = re.compile(rb"\b(?:redis|server)\b(?!\.\w)|call\b|\b(?:_G|\w*fenv|load\w*)\b")
-_GUARDED = frozenset(
-    {
-        b"COPY",
-        b"FLUSHALL",
-        b"MIGRATE",
-        b"MOVE",
-        b"PUBLISH",
-        b"PUBSUB",
-        b"SELECT",
-        b"SPUBLISH",
-        b"SWAPDB",
-    }
-)
+_REFUSED_IN_SCRIPTS = ("FLUSHALL", "MIGRATE", "MOVE", "PUBSUB", "SELECT", "SWAPDB")
+_GUARDED = frozenset(map(str.encode, (*_REFUSED_IN_SCRIPTS, "COPY", "PUBLISH", "SPUBLISH")))
 _REFUSED = re.compile(r"lifekit refuses ([A-Z]+)")
 _GUARD = (
     "local redis, server = (function(real) "
-    "local refused = {FLUSHALL=1, MIGRATE=1, MOVE=1, PUBSUB=1, SELECT=1, SWAPDB=1} "
+    f"local refused = {{{', '.join(f'{name}=1' for name in _REFUSED_IN_SCRIPTS)}}} "
     "local function guard(...) local name, first = ... "
     "if type(name) ~= 'string' then return ... end "
     "local upper = string.upper(name) "

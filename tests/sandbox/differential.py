@@ -322,11 +322,39 @@ DEFERRABLE = Limit(
     ),
 )
 
-READ_ONLY_LATE = Limit(
-    "refused: a transaction that becomes READ ONLY after its first statement",
-    lambda op, here, there, before: "becomes READ ONLY before its first statement" in str(there),
+REFUSED = Limit(
+    "refused: DEALLOCATE ALL, default modes of transactions, READ ONLY in the midst, and scripts that "
+    "go on behind a transaction",
+    lambda op, here, there, before: (
+        there[0] == "SandboxUnsupportedError"
+        and re.search(
+            r"DEALLOCATE ALL|default_transaction|SESSION CHARACTERISTICS|READ ONLY"
+            r"|(BEGIN|COMMIT|ROLLBACK); \w+",
+            text_of(op),
+        )
+        is not None
+    ),
+)
+LEVEL_SHOWN = Limit(
+    "the isolation level and DEFERRABLE are those of the real transaction, and SHOW tells so",
+    lambda op, here, there, before: (
+        (
+            op.what == "isolation"
+            or text_of(op) in ("SHOW transaction_isolation", "SHOW transaction_deferrable")
+        )
+        and here[0] == there[0]
+    ),
+    ends=False,
+)
+NEVER_COMMITS = Limit(
+    "the real transaction never commits, so that ON COMMIT DROP and DELETE ROWS never come",
+    lambda op, here, there, before: any("ON COMMIT" in text_of(each) for each in before),
 )
 
+LEFT_BEHIND = (
+    "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+    "AND backend_type = 'client backend'"
+)
 OTHERS = "FROM pg_stat_activity WHERE datname = 'boxed' AND pid <> pg_backend_pid()"
 LOCKS = f"FROM pg_locks WHERE locktype <> 'virtualxid' AND pid IN (SELECT pid {OTHERS})"
 ACTING = f"{OTHERS} AND (state = 'active' OR coalesce(backend_xid, backend_xmin) IS NOT NULL)"
@@ -399,6 +427,7 @@ class Worlds:
 
     async def in_production(self, ops: Sequence[Op]) -> tuple[list[Any], list[bool]]:
         """What an application sees, and which operations would wait for another connection."""
+        await self.admins[0].execute(f"SELECT pg_terminate_backend(pid) {LEFT_BEHIND}")
         await self.admins[0].execute(SCHEMA)
         pool = await self.client.connect(self.production)
         application = self.client.application(pool)

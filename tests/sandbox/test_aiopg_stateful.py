@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import warnings
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg2 import extensions, extras
 
-from lifekit.embedded import Server
-
 from .differential import (
     DEFERRABLE,
+    LEVEL_SHOWN,
+    NEVER_COMMITS,
     POOL,
-    READ_ONLY_LATE,
     READS,
+    REFUSED,
     Application,
     Client,
     Limit,
@@ -33,7 +33,6 @@ from .differential import (
     sequences_of,
     sql,
     text_of,
-    worlds_of,
 )
 
 
@@ -377,13 +376,16 @@ SESSION_STATE = re.compile(
     "SHOW|current_setting|EXECUTE|FETCH|PREPARE|DEALLOCATE|currval|lastval|_lock|_unlock|own|CLOSE"
     "|TEMP TABLE|set_config"
 )
-REFUSED = re.compile(
-    r"DEALLOCATE ALL|default_transaction|SESSION CHARACTERISTICS|READ ONLY|(BEGIN|COMMIT|ROLLBACK); \w+"
-)
 
 LIMITS = [
     DEFERRABLE,
-    READ_ONLY_LATE,
+    LEVEL_SHOWN,
+    NEVER_COMMITS,
+    REFUSED,
+    Limit(
+        "refused: a transaction that becomes READ ONLY after its first statement",
+        lambda op, here, there, before: "becomes READ ONLY before its first statement" in str(there),
+    ),
     Limit(
         "a script that fails: the warnings about its transaction control are missing from the notices",
         lambda op, here, there, before: (
@@ -396,21 +398,6 @@ LIMITS = [
         "COPY with STDIN or STDOUT is refused in the same words; in production its connection is of no "
         "use from then on",
         lambda op, here, there, before: any(each.what == "copy" for each in [*before, op]),
-    ),
-    Limit(
-        "refused: DEALLOCATE ALL, default modes of transactions, READ ONLY in the midst, and scripts "
-        "that go on behind a transaction",
-        lambda op, here, there, before: (
-            there[0] == "SandboxUnsupportedError" and REFUSED.search(text_of(op)) is not None
-        ),
-    ),
-    Limit(
-        "the isolation level and DEFERRABLE are those of the real transaction, and SHOW tells so",
-        lambda op, here, there, before: (
-            text_of(op) in ("SHOW transaction_isolation", "SHOW transaction_deferrable")
-            and here[0] == there[0]
-        ),
-        ends=False,
     ),
     Limit(
         "connections in use at once share one session: settings, PREPARE, held cursors, temporary "
@@ -430,10 +417,6 @@ LIMITS = [
         ),
     ),
     Limit(
-        "the real transaction never commits, so that ON COMMIT DROP and DELETE ROWS never come",
-        lambda op, here, there, before: any("ON COMMIT" in text_of(each) for each in before),
-    ),
-    Limit(
         "a failed READ ONLY transaction that is chained: production forgets READ ONLY",
         lambda op, here, there, before: (
             there[0] == "ReadOnlySqlTransaction"
@@ -442,13 +425,7 @@ LIMITS = [
     ),
 ]
 
-AIOPG = Client(connect, close, AiopgApplication, LIMITS)
-
-
-@pytest.fixture(scope="module")
-def worlds(postgres: Server) -> Iterator[Worlds]:
-    with worlds_of(postgres, AIOPG) as worlds:
-        yield worlds
+CLIENT = Client(connect, close, AiopgApplication, LIMITS)
 
 
 @settings(calm, max_examples=60, derandomize=True)

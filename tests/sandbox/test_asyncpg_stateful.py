@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lifekit.embedded import Server
-
 from .differential import (
     DDL,
     DEFERRABLE,
+    LEVEL_SHOWN,
+    NEVER_COMMITS,
     POOL,
     READS,
+    REFUSED,
     Application,
     Client,
     Limit,
@@ -29,7 +30,6 @@ from .differential import (
     sequences_of,
     sql,
     text_of,
-    worlds_of,
 )
 
 
@@ -211,28 +211,13 @@ SESSION_STATE = re.compile(
     r"(^|; )(RE)?SET |set_config|SHOW|current_setting|EXECUTE|FETCH|PREPARE|DEALLOCATE|currval|lastval"
     "|_lock|_unlock|own|CLOSE|TEMP TABLE"
 )
-REFUSED = re.compile(
-    r"DEALLOCATE ALL|default_transaction|SESSION CHARACTERISTICS|READ ONLY|(BEGIN|COMMIT|ROLLBACK); \w+"
-)
 UNSYNCED = {"prepare", "iterate", "open_cursor", "with_arguments"}
 
 LIMITS = [
     DEFERRABLE,
-    Limit(
-        "refused: DEALLOCATE ALL, default modes of transactions, READ ONLY in the midst, and scripts "
-        "that go on behind a transaction",
-        lambda op, here, there, before: (
-            there[0] == "SandboxUnsupportedError" and REFUSED.search(text_of(op)) is not None
-        ),
-    ),
-    Limit(
-        "the isolation level and DEFERRABLE are those of the real transaction, and SHOW tells so",
-        lambda op, here, there, before: (
-            text_of(op) in ("SHOW transaction_isolation", "SHOW transaction_deferrable")
-            and here[0] == there[0]
-        ),
-        ends=False,
-    ),
+    LEVEL_SHOWN,
+    NEVER_COMMITS,
+    REFUSED,
     Limit(
         "connections in use at once share one session: settings, PREPARE, held cursors, temporary "
         "tables, advisory locks, currval()",
@@ -247,10 +232,6 @@ LIMITS = [
             SESSION_STATE.search(text_of(op)) is not None
             and any("READ ONLY" in text_of(each) or True in each.args[1:2] for each in before)
         ),
-    ),
-    Limit(
-        "the real transaction never commits, so that ON COMMIT DROP and DELETE ROWS never come",
-        lambda op, here, there, before: any("ON COMMIT" in text_of(each) for each in before),
     ),
     Limit(
         "asyncpg's prepare() leaves production inside of an implicit transaction, so that modes which "
@@ -269,13 +250,7 @@ LIMITS = [
 ]
 
 
-ASYNCPG = Client(connect, close, AsyncpgApplication, LIMITS)
-
-
-@pytest.fixture(scope="module")
-def worlds(postgres: Server) -> Iterator[Worlds]:
-    with worlds_of(postgres, ASYNCPG) as worlds:
-        yield worlds
+CLIENT = Client(connect, close, AsyncpgApplication, LIMITS)
 
 
 @settings(calm, max_examples=40, derandomize=True)

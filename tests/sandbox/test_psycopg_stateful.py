@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +17,12 @@ from psycopg import AsyncClientCursor, AsyncRawCursor, AsyncTransaction, Isolati
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from lifekit.embedded import Server
 from lifekit.sandbox._sql import read
 
 from .differential import (
     DEFERRABLE,
+    LEVEL_SHOWN,
+    NEVER_COMMITS,
     POOL,
     READS,
     Application,
@@ -34,7 +35,6 @@ from .differential import (
     sequences_of,
     sql,
     text_of,
-    worlds_of,
 )
 
 _SIZE = 4
@@ -389,6 +389,8 @@ def refused(there: Seen) -> bool:
 
 LIMITS = [
     DEFERRABLE,
+    LEVEL_SHOWN,
+    NEVER_COMMITS,
     Limit(
         "refused: DEALLOCATE ALL, default modes of transactions, READ ONLY in the midst",
         lambda op, here, there, before: (
@@ -402,14 +404,6 @@ LIMITS = [
         lambda op, here, there, before: (
             refused(there) and not (script := read(text_of(op))).plain and len(script.statements) > 1
         ),
-    ),
-    Limit(
-        "the isolation level and DEFERRABLE are those of the real transaction, and SHOW tells so",
-        lambda op, here, there, before: (
-            text_of(op) in ("SHOW transaction_isolation", "SHOW transaction_deferrable")
-            and here[0] == there[0]
-        ),
-        ends=False,
     ),
     Limit(
         "an isolation level that is named inside of a transaction is refused where production takes it "
@@ -433,10 +427,6 @@ LIMITS = [
         ),
     ),
     Limit(
-        "the real transaction never commits, so that ON COMMIT DROP and DELETE ROWS never come",
-        lambda op, here, there, before: any("ON COMMIT" in text_of(each) for each in before),
-    ),
-    Limit(
         "transaction control by stream(), copy() and server-side cursors is refused",
         lambda op, here, there, before: (
             op.what == "stream" and refused(there) and not read(text_of(op)).plain
@@ -456,13 +446,7 @@ LIMITS = [
 ]
 
 
-PSYCOPG = Client(connect, close, PsycopgApplication, LIMITS)
-
-
-@pytest.fixture(scope="module")
-def worlds(postgres: Server) -> Iterator[Worlds]:
-    with worlds_of(postgres, PSYCOPG) as worlds:
-        yield worlds
+CLIENT = Client(connect, close, PsycopgApplication, LIMITS)
 
 
 @settings(calm, max_examples=40, derandomize=True)

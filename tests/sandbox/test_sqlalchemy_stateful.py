@@ -16,13 +16,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from lifekit.embedded import Server
-
 from .differential import (
     DDL,
     DEFERRABLE,
+    LEVEL_SHOWN,
+    NEVER_COMMITS,
     POOL,
     READS,
+    REFUSED,
     SESSION,
     WRITES,
     Application,
@@ -35,7 +36,6 @@ from .differential import (
     sequences_of,
     sql,
     text_of,
-    worlds_of,
 )
 
 
@@ -383,29 +383,11 @@ SESSION_STATE = re.compile(
     "SHOW|current_setting|EXECUTE|FETCH|PREPARE|DEALLOCATE|currval|lastval|_lock|_unlock|own|CLOSE"
     "|TEMP TABLE|set_config|DISCARD"
 )
-REFUSED = re.compile(
-    r"DEALLOCATE ALL|default_transaction|SESSION CHARACTERISTICS|READ ONLY|(BEGIN|COMMIT|ROLLBACK); \w+"
-)
 LIMITS = [
     DEFERRABLE,
-    Limit(
-        "refused: DEALLOCATE ALL, default modes of transactions, READ ONLY in the midst, and scripts "
-        "that go on behind a transaction",
-        lambda op, here, there, before: (
-            there[0] == "SandboxUnsupportedError" and REFUSED.search(text_of(op)) is not None
-        ),
-    ),
-    Limit(
-        "the isolation level and DEFERRABLE are those of the real transaction, and SHOW tells so",
-        lambda op, here, there, before: (
-            (
-                op.what == "isolation"
-                or text_of(op) in ("SHOW transaction_isolation", "SHOW transaction_deferrable")
-            )
-            and here[0] == there[0]
-        ),
-        ends=False,
-    ),
+    LEVEL_SHOWN,
+    NEVER_COMMITS,
+    REFUSED,
     Limit(
         "connections in use at once share one session: settings, PREPARE, held cursors, temporary "
         "tables, advisory locks, currval()",
@@ -416,19 +398,9 @@ LIMITS = [
             and len({each.who for each in [*before, op]}) > 1
         ),
     ),
-    Limit(
-        "the real transaction never commits, so that ON COMMIT DROP and DELETE ROWS never come",
-        lambda op, here, there, before: any("ON COMMIT" in text_of(each) for each in before),
-    ),
 ]
 
-SQLALCHEMY = Client(connect, close, SqlalchemyApplication, LIMITS)
-
-
-@pytest.fixture(scope="module")
-def worlds(postgres: Server) -> Iterator[Worlds]:
-    with worlds_of(postgres, SQLALCHEMY) as worlds:
-        yield worlds
+CLIENT = Client(connect, close, SqlalchemyApplication, LIMITS)
 
 
 @settings(calm, max_examples=40, derandomize=True)
