@@ -39,6 +39,7 @@ from ._holders import escaped_strays, lets_go
 from ._lane import Lane
 from ._psycopg2 import Gate, RealConnection
 from ._shared import PATIENCE
+from ._sockets import is_cut
 from ._sql import Script, Verb, read
 
 _COPY = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*copy\b.*\b(stdin|stdout)\b", re.IGNORECASE | re.DOTALL)
@@ -274,6 +275,8 @@ class PoolSandbox(Sandbox):
         key = repr(("aiopg", pool._dsn, pool._conn_kwargs, features, pool._on_connect))
         real = commons.get(key)
         if real is None or real.lost():
+            if self._own is not None and not self._own.lost() and is_cut(self._own.shared_raw.fileno()):
+                self._own.close()
             if self._own is None or self._own.lost():
                 self._own = await self._connect()
             real = commons[key] = self._own

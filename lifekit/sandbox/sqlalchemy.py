@@ -8,7 +8,7 @@ the one real connection. So sessions, transactions and isolation levels are SQLA
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
@@ -22,7 +22,6 @@ from lifekit.drivers.sqlalchemy import loans, root, use_of, user_frame
 
 from ._holders import ALONE, escaped_strays, lets_go
 from ._lane import Lane
-from ._shared import Shared
 from .asyncpg import OutsideProtocol, RealConnection, connect, lane_of
 
 _POOL: Any = Pool
@@ -34,7 +33,7 @@ class EngineSandbox(Sandbox):
     def __init__(self, engine: Any) -> None:
         self.fairies: set[Any] = set()  # the block's connections that are out, or were
         self.engine = engine
-        self._shared: Shared | None = None
+        self._wire: RealConnection | None = None
         self._real: Any = None  # the record, as SQLAlchemy calls it, of the real connection
         self._lanes: list[Any] = []  # connections of the dialect's
         self._inside: Any = None
@@ -45,26 +44,26 @@ class EngineSandbox(Sandbox):
     async def begin(self) -> None:
         """Give the engine a pool whose connections are lanes of one real connection."""
         engine = self.engine
-        if self._real is None or self._adapted()._connection.is_closed():
+        if self._wire is None or self._wire.lost() or self._wire.is_cut():
             await self._drop_inside()
             self._real = await greenlet_spawn(_POOL._create_connection, engine.pool)
             await greenlet_spawn(self._adapted().commit)  # what listeners set is there to stay
-            self._shared = Shared(RealConnection(self._adapted()._connection))
+            self._wire = RealConnection(self._adapted()._connection)
         if self._inside is None:
             self._inside = engine.pool.recreate()
             self._inside.__dict__["dispatch"] = engine.pool.dispatch
             self._inside._creator = self._made_lane
-        assert self._shared is not None
+        assert self._wire is not None
         self._outside, engine.pool = engine.pool, self._inside
         for fairy in self._outside._use.out():
             self.redirect(fairy)
-        self._shared.begin()
+        self._wire.shared.begin()
 
     async def end(self) -> None:
         """Take the pool back, and undo what was done."""
         if self._outside is None:
             return
-        assert self._shared is not None
+        assert self._wire is not None
         if self._strays():
             await lets_go(lambda: not self._strays())
         strays = self._strays()
@@ -78,9 +77,9 @@ class EngineSandbox(Sandbox):
         self._inside = self.engine.pool  # another one, if the application disposed of it
         self._take_out()
         try:
-            await self._shared.end()
+            await self._wire.shared.end()
         finally:
-            if self._shared.dirty:  # what was prepared, or is known of types, may be of no use
+            if self._wire.shared.dirty:  # what was prepared, or is known of types, may be of no use
                 await self._close_real()
             elif told is not None or any(lane_of(made._connection) is None for made in self._lanes):
                 await self._drop_inside()
@@ -104,11 +103,12 @@ class EngineSandbox(Sandbox):
         return self._real.dbapi_connection
 
     def _made_lane(self) -> Any:
+        assert self._wire is not None
         real = self._adapted()
         cache = real._prepared_statement_cache
         made = type(real)(
             real.dbapi,
-            connect(cast(Shared, self._shared), real._connection),
+            connect(self._wire.shared, real._connection),
             prepared_statement_cache_size=cache.capacity if cache is not None else 0,
             prepared_statement_name_func=real._prepared_statement_name_func,
         )

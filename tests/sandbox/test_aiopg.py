@@ -1074,6 +1074,20 @@ async def test_the_session_is_that_of_a_fresh_connection(box: Box) -> None:
         assert box.outside.ask("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
 
 
+async def test_a_connection_killed_between_blocks_is_made_anew(box: Box) -> None:
+    """Although nobody reads what an idle connection is told."""
+    lifespan, pool = await box.open()
+    async with lifespan.sandbox():
+        await execute(pool, ADD)
+    killed = (
+        "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity "
+        "WHERE pid <> pg_backend_pid() AND state = 'idle in transaction'"
+    )
+    assert box.outside.ask(f"{killed} AND datname = current_database()") == 1
+    async with lifespan.sandbox():
+        assert await value(pool, COUNT) == 2
+
+
 async def test_the_real_connection_killed(box: Box) -> None:
     """Statements fail as in production, nothing hangs, and the next block connects anew."""
     lifespan, pool = await box.open()

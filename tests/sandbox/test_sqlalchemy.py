@@ -562,6 +562,21 @@ async def test_engines_and_pools_have_a_transaction_each(databases: Databases) -
     assert databases.rows() == UNTOUCHED
 
 
+async def test_a_connection_killed_between_blocks_is_made_anew(
+    opened: Opens, databases: Databases
+) -> None:
+    """Also where the loop did not run since, and has not heard of it."""
+    app = await opened()
+    async with app.block():
+        assert await begin_commits_and_rolls_back(app.engine) == ["first", "kept"]
+    databases.run(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+        f"WHERE datname = '{databases.template}'"
+    )
+    async with app.block():
+        assert await names(app.engine) == ["first"]
+
+
 async def _pool(url: str, **given: Any) -> Any:
     options: dict[str, Any] = {"min_size": 0, "max_size": 2, **given}
     return await asyncpg.create_pool(url, **options)
