@@ -34,12 +34,16 @@ class Override:
     location: str
     value: Any = MISSING
     used: bool = False
+    scope: str | None = None
+    """Of the pytest fixture that made it, if it outlasts a test."""
 
 
 Overrides = Mapping[Resource[Any], Override]
 
 overrides: ContextVar[tuple[Override, ...]] = ContextVar("lifekit.overrides", default=())
 """The overrides of this context, the outermost first."""
+entered: dict[Override, None] = {}
+"""Those of all contexts, in the order of their beginning."""
 
 
 def make_override(resource: Resource[Any], value: Any, factory: Callable[..., Any] | None) -> Override:
@@ -132,6 +136,7 @@ class Overriding:
             if override.resource in lifespan.live:
                 raise _too_late(override, lifespan.location)
         self._entered = True
+        entered[override] = None
         overrides.set((*overrides.get(), override))
 
     def __exit__(
@@ -146,6 +151,7 @@ class Overriding:
             OverrideError: It changed nothing: no lifespan was opened inside, and one had been before.
         """
         override = self._override
+        entered.pop(override, None)
         # In another context than it was entered in there is nothing of it to take out.
         overrides.set(tuple(each for each in overrides.get() if each is not override))
         if error is None and not override.used:

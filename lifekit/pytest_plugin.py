@@ -5,6 +5,7 @@ It imports what it needs when the first test asks for one of its fixtures.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from starlette.testclient import TestClient
 
     from lifekit._lifespan import Lifespan
+    from lifekit._overrides import Override
     from lifekit._sandbox import Block
     from lifekit.asgi import ASGIApp
     from lifekit.testing._pytest import Account, Place, Run
@@ -105,6 +107,26 @@ def _place(request: pytest.FixtureRequest) -> Place:
         run = request.config.stash[_KEY] = _pytest.Run()
         request.config.pluginmanager.register(_pytest.fixtures(run), "lifekit-fixtures")
     return _pytest.place_of(request, run)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any],
+) -> Generator[None, object, object]:
+    """Note which overrides are made by a fixture that lasts, as the application may."""
+    if fixturedef.scope == "function":
+        return (yield)
+    before = _entered()
+    made = yield
+    for override in _entered():
+        if override not in before and override.scope is None:
+            override.scope = fixturedef.scope
+    return made
+
+
+def _entered() -> list[Override]:
+    module = sys.modules.get("lifekit._overrides")
+    return [] if module is None else list(module.entered)
 
 
 # -- the end of the run ------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from lifekit._backend import running_loop
 from lifekit._errors import LifekitError, SandboxError
 from lifekit._lifespan import Lifespan
-from lifekit._overrides import overrides
+from lifekit._overrides import Override, entered, overrides
 from lifekit._sandbox import Block
 from lifekit._stack import Site
 from lifekit.asgi import ASGIApp
@@ -110,6 +110,13 @@ def kind_for(item: Any) -> str:
         "nothing runs this async test: it wants @pytest.mark.asyncio and pytest-asyncio (with "
         'asyncio_mode = "auto" in the ini file instead), or @pytest.mark.anyio'
     )
+
+
+def _overrides_for(kind: str) -> list[Override]:
+    """Return those that last as long as the loops of a kind: one test's must not serve the others."""
+    scope = kind.rpartition("_")[2].replace("sync", "session")
+    wide = SCOPES[max(SCOPES.index(scope), 1) :]
+    return [each for each in entered if each.scope in wide]
 
 
 def _fail(text: str) -> NoReturn:
@@ -249,18 +256,18 @@ class Run:
         if type(loop) in self._failed:
             raise self._failed[type(loop)]
         service = running(app, sandboxed=True)
-        of_test = overrides.get()
-        if not kind.endswith("function"):  # else those of the first test would serve the others
-            overrides.set(())
+        here, lasting = overrides.get(), _overrides_for(kind)
+        of_test = [each for each in here if each not in lasting] if kind.endswith("function") else []
+        overrides.set((*lasting, *of_test))
         try:
             with self._timed(kind, 1):
                 served = await service.__aenter__()
         except Exception as error:
-            if not overrides.get():  # else it may have been that of this test
+            if not of_test:
                 self._failed[type(loop)] = error
             raise
         finally:
-            overrides.set(of_test)
+            overrides.set(here)
         registries = {each.registry for each in served.lifespans}
         yield served
         with self._timed(kind, 0):

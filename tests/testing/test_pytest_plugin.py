@@ -480,6 +480,64 @@ def test_a_run_that_uses_none_of_it_imports_none_of_it(inner: Inner) -> None:
     inner.run_apart(test_it=code).assert_outcomes(passed=1)
 
 
+OVERRIDDEN = """
+    import pytest, pytest_asyncio
+    from tests.testing.plugin_cases.memory import Notes, app, notes, registry
+
+    fake = Notes()
+
+    @{fixture}(scope="{scope}")
+    {define} lasting():
+        with registry.override(notes, fake):
+            yield
+
+    @pytest.fixture(scope="session")
+    def lifekit_app(): return app
+    """
+SEEN = """
+    import pytest
+    from conftest import fake
+    from tests.testing.plugin_cases.memory import notes
+
+    pytestmark = pytest.mark.usefixtures("lasting")
+
+    @pytest.mark.asyncio
+    async def test_async(lifespan): assert lifespan[notes] is fake
+
+    def test_sync(sync_client, lifespan): assert lifespan[notes] is fake
+    """
+
+
+@pytest.mark.parametrize("loop", ["function", "module", "session"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_override_of_a_fixture_that_lasts_is_the_applications(
+    inner: Inner, loop: str, asynchronous: bool
+) -> None:
+    fixture = 'pytest_asyncio.fixture(loop_scope="session", scope="session")'
+    options = {"scope": "session", "fixture": "pytest.fixture", "define": "def"}
+    conftest = OVERRIDDEN.format(**options)
+    if asynchronous:
+        asynchronously = OVERRIDDEN.replace('@{fixture}(scope="{scope}")', f"@{fixture}")
+        conftest = asynchronously.format(define="async def")
+    inner.ini(asyncio_default_test_loop_scope=loop, asyncio_default_fixture_loop_scope=loop)
+    inner.run(*ASYNCIO, conftest=conftest, test_it=SEEN).assert_outcomes(passed=2)
+
+
+def test_an_override_of_a_module_reaches_the_applications_of_modules(inner: Inner) -> None:
+    """And is refused where the application outlasts the module."""
+    conftest = OVERRIDDEN.format(scope="module", fixture="pytest.fixture", define="def")
+    code = SEEN.replace("def test_sync(sync_client, lifespan)", "def test_sync()").replace(
+        "test_sync(): assert lifespan[notes] is fake", "test_sync(): ..."
+    )
+    inner.ini(asyncio_default_test_loop_scope="module", asyncio_default_fixture_loop_scope="module")
+    inner.run(*ASYNCIO, conftest=conftest, test_it=code).assert_outcomes(passed=2)
+    inner.ini(asyncio_default_test_loop_scope="session", asyncio_default_fixture_loop_scope="session")
+    code = code.replace(" is fake", " is not fake")
+    told = inner.run(*ASYNCIO, conftest=conftest, test_it=code)
+    told.assert_outcomes(passed=2, errors=1)
+    told.stdout.fnmatch_lines("*OverrideError*this override changes nothing*")
+
+
 def test_an_override_around_one_test_never_reaches_the_others(inner: Inner) -> None:
     code = """
         import pytest
