@@ -41,6 +41,10 @@ BOTH_LOOPS = pytest.mark.parametrize(
     ],
 )
 ADD = "INSERT INTO app.item (v) VALUES (1)"
+ASLEEP = (
+    "FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' AND state = 'active' "
+    "AND datname = current_database() AND pid <> pg_backend_pid()"
+)
 COUNT = "SELECT count(*) FROM app.item"
 HELD = """SELECT coalesce(md5(string_agg(t, ',' ORDER BY t)), '') FROM (
     SELECT 'parent' || t::text AS t FROM app.parent AS t UNION ALL
@@ -216,10 +220,7 @@ async def test_a_cancelled_body_undoes_as_well(box: Box) -> None:
             await connection.execute("SELECT pg_sleep(30)")
 
     task = asyncio.create_task(body())
-    await box.outside.until(
-        "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' "
-        "AND pid <> pg_backend_pid()"
-    )
+    await box.outside.until(f"SELECT count(*) > 0 {ASLEEP}")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -1289,10 +1290,7 @@ async def test_a_task_in_the_midst_of_a_statement_at_the_end(box: Box) -> None:
     with pytest.raises(SandboxEscapedError), anyio.fail_after(5):
         async with lifespan.sandbox():
             task = asyncio.create_task(pool.execute(f"{ADD}; SELECT pg_sleep(30)"))
-            await box.outside.until(
-                "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' "
-                "AND pid <> pg_backend_pid()"
-            )
+            await box.outside.until(f"SELECT count(*) > 0 {ASLEEP}")
     with pytest.raises(Exception, match=r".+"), anyio.fail_after(5):
         await task
     async with lifespan.sandbox():
@@ -1449,15 +1447,9 @@ async def test_the_real_connection_killed_in_a_statement_of_a_transaction(box: B
     with anyio.fail_after(10):
         async with lifespan.sandbox():
             sleeping = asyncio.create_task(transaction())
-            await box.outside.until(
-                "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' "
-                "AND pid <> pg_backend_pid()"
-            )
+            await box.outside.until(f"SELECT count(*) > 0 {ASLEEP}")
             waiting = asyncio.create_task(pool.execute(ADD))
-            box.outside.ask(
-                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-                "WHERE query LIKE '%pg_sleep%' AND pid <> pg_backend_pid()"
-            )
+            box.outside.ask(f"SELECT count(pg_terminate_backend(pid)) {ASLEEP}")
             results = await asyncio.gather(sleeping, waiting, return_exceptions=True)
             for result in results:
                 assert isinstance(result, DRIVERS)
