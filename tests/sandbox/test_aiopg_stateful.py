@@ -428,7 +428,7 @@ LIMITS = [
 CLIENT = Client(connect, close, AiopgApplication, LIMITS)
 
 
-@settings(calm, max_examples=60, derandomize=True)
+@settings(calm, max_examples=40, derandomize=True)
 @given(sequences)
 def test_an_application_sees_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """Rows, tags, counts, notices, errors and their texts; afterwards the database is as before."""

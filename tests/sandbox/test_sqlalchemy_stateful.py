@@ -403,7 +403,7 @@ LIMITS = [
 CLIENT = Client(connect, close, SqlalchemyApplication, LIMITS)
 
 
-@settings(calm, max_examples=40, derandomize=True)
+@settings(calm, max_examples=30, derandomize=True)
 @given(sequences)
 def test_an_application_sees_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """Rows, states, errors and their texts; afterwards the database is as before."""
