@@ -362,12 +362,13 @@ class Engine:
             self.interrupts.append(error)
 
     def _deadline_error(self, node: Node, *, abandoned: bool = False) -> DeadlineError:
+        cut_short = node.phase != "terminate" and node.armed_for < self._timeout(node)
         return DeadlineError(
             resource=node.resource.name,
             location=node.declaration.location,
             phase=node.phase,
             seconds=node.armed_for,
-            grace=self.grace if self.stopping and node.armed_for < self._timeout(node) else None,
+            grace=self.grace if self.stopping and cut_short else None,
             stack=waiting_at(node.coroutine),
             holders=node.live.holders() if node.live is not None else (),
             abandoned=abandoned,

@@ -186,6 +186,25 @@ def test_a_closing_that_ignores_its_cancellation_is_terminated_and_left_behind(
 
 
 @in_virtual_time
+def test_a_terminate_that_hangs_has_a_limit_of_its_own(backend: str) -> None:
+    async def close() -> None:
+        raise OSError
+
+    async def main() -> None:
+        registry = Registry()
+        value = Closable(close=close, terminate=anyio.sleep_forever)
+        registry.resource(name="value")(lambda: value)
+        with pytest.raises(ShutdownError) as caught:
+            async with registry.lifespan():
+                pass
+        told = str(caught.value.exceptions[-1])
+        assert "terminate took longer than 1 s" in told
+        assert "grace" not in told
+
+    virtual_time.run(main, backend)
+
+
+@in_virtual_time
 def test_the_whole_shutdown_keeps_to_its_grace(backend: str) -> None:
     async def main() -> None:
         registry = Registry(close_timeout=10, grace=25)
