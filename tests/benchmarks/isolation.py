@@ -73,12 +73,20 @@ def sandbox(*, rounds: int = 100, times: int = 20) -> list[Row]:
                                 partial(seconds, 5 * times, partial(ours.fetchval, QUERY, 1)),
                             )
         rows = [
-            ("a sandboxed test of one query: BEGIN, query, ROLLBACK", tests, 1.3),
-            ("a statement in the sandbox: on the bare driver", statements, 1.15),
+            ("query", "a sandboxed test of one query: BEGIN, query, ROLLBACK", tests, 1.3),
+            ("statement", "a statement in the sandbox: on the bare driver", statements, 1.15),
         ]
         return [
-            Row(f"{what} (asyncpg)", min(floor), min(ours), paired_ratio(floor, ours), "us", most=most)
-            for what, (floor, ours), most in rows
+            Row(
+                f"{what} (asyncpg)",
+                min(floor),
+                min(ours),
+                paired_ratio(floor, ours),
+                "us",
+                most=most,
+                key=f"sandbox/{key}",
+            )
+            for key, what, (floor, ours), most in rows
         ]
 
     return on("asyncio", measured)
@@ -113,7 +121,8 @@ def redis_isolation(*, rounds: int = 100, times: int = 20) -> list[Row]:
                     )
             await by_itself.aclose()
         what = "a sandboxed test of one Redis command: command, FLUSHDB"
-        return [Row(what, min(floor), min(ours), paired_ratio(floor, ours), "us", most=1.5)]
+        ratio = paired_ratio(floor, ours)
+        return [Row(what, min(floor), min(ours), ratio, "us", most=1.5, key="sandbox/redis")]
 
     return on("asyncio", measured)
 
@@ -239,7 +248,14 @@ def suites(*, rounds: int = 3, tests: int = 200) -> list[Row]:
     fastest, slowest = min(ours), max(function)
     return [
         Row(
-            f"{tests} tests: function-scoped fixtures", slowest, fastest, fastest / slowest, "ms", 0.05
+            f"{tests} tests: function-scoped fixtures",
+            slowest,
+            fastest,
+            fastest / slowest,
+            "ms",
+            most=0.05,
+            key="suite/function-scoped",
+            each=tests,
         ),
         Row(
             f"{tests} tests: session-scoped, one connection rolled back",
@@ -248,6 +264,8 @@ def suites(*, rounds: int = 3, tests: int = 200) -> list[Row]:
             paired_ratio(session, ours),
             "ms",
             most=1.0,
+            key="suite/session-scoped",
+            each=tests,
         ),
         Row(f"{tests} tests with -n 2: in one process", fastest, min(two), min(two) / fastest, "ms"),
     ]

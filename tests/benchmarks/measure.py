@@ -36,6 +36,16 @@ class Row:
     """The bar: the highest ratio allowed."""
     most_more: float = math.inf
     """The other kind of bar: by how much *ours* may exceed *floor*, in their own unit."""
+    key: str = ""
+    """``figure/contestant``, or a name by itself: under which it is saved."""
+    low: float = math.nan
+    """A quarter of the rounds had a smaller ratio."""
+    high: float = math.nan
+    """A quarter of the rounds had a higher ratio."""
+    each: int = 1
+    """How many tests *floor* and *ours* are for."""
+    missing: str = ""
+    """The package that is not installed, so that nothing was measured."""
 
     @property
     def has_bar(self) -> bool:
@@ -49,6 +59,8 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """Return what the table shows."""
+        if self.missing:
+            return (self.what, "", "", "", "", f"{self.missing} is not installed")
         scale, unit = _PER_UNIT[self.unit], _SHOWN[self.unit]
         bar = verdict = ""
         if self.most < math.inf:
@@ -106,6 +118,30 @@ def paired_ratio(floor: Sequence[float], ours: Sequence[float]) -> float:
     lucky or unlucky round counts for nothing.
     """
     return statistics.median(mine / base for base, mine in zip(floor, ours, strict=True))
+
+
+def contest(
+    figure: str, costs: dict[str, list[float] | None], unit: Unit, *, floor: str | None = None
+) -> list[Row]:
+    """Return one row for each contestant, against *floor* or the first one of them.
+
+    Ratios are those of neighbours in time; the floor's time is its median, the others' follow.
+    """
+    base = costs[floor or next(iter(costs))]
+    assert base is not None
+    rows: list[Row] = []
+    for name, cost in costs.items():
+        key, what = f"{figure}/{name}", f"{figure}: {name}"
+        if cost is None:
+            rows.append(Row(what, math.nan, math.nan, math.nan, unit, key=key, missing=name))
+            continue
+        ratios = [mine / of_floor for of_floor, mine in zip(base, cost, strict=True)]
+        low, middle, high = (
+            statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        )
+        took = statistics.median(base)
+        rows.append(Row(what, took, took * middle, middle, unit, key=key, low=low, high=high))
+    return rows
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 
 from . import __main__ as command
 from .measure import Row, paired_ratio, table
+from .test_peers import CONTESTS
 
 BARRED = {
     "critical-path": "critical path (asyncio)",
@@ -33,7 +34,7 @@ def heap_of_the_test_run() -> Iterator[None]:
 
 def test_every_benchmark_has_an_expected_row() -> None:
     """No benchmark is added or lost without this module being told."""
-    assert set(command.BENCHMARKS) == {*BARRED, "sandbox", "suites"}
+    assert set(command.BENCHMARKS) == {*BARRED, "sandbox", "suites", *CONTESTS}
 
 
 def test_benchmarks_of_isolation_have_two_bars_each() -> None:
