@@ -1,0 +1,42 @@
+import os
+from contextlib import AbstractAsyncContextManager
+
+import asyncpg
+import redis.asyncio as redis
+from lifekit import Registry, embedded
+from lifekit.events import Event, Started, Stopped
+
+
+def show(event: Event) -> None:
+    if isinstance(event, Started | Stopped):
+        print(event.timeline)
+
+
+registry = Registry("guestbook", on_event=show)
+
+
+@registry.resource
+def postgres() -> AbstractAsyncContextManager[embedded.Server]:
+    return embedded.postgres(os.environ.get("DATABASE_URL"))
+
+
+@registry.resource(postgres)
+def db(postgres: embedded.Server) -> asyncpg.Pool:
+    return asyncpg.create_pool(postgres.url)
+
+
+@registry.resource(db)
+async def tables(db: asyncpg.Pool) -> None:
+    await db.execute(
+        "CREATE TABLE IF NOT EXISTS entries (id serial, name text, text text)"
+    )
+
+
+@registry.resource
+def valkey() -> AbstractAsyncContextManager[embedded.Server]:
+    return embedded.valkey(os.environ.get("REDIS_URL"))
+
+
+@registry.resource(valkey)
+def cache(valkey: embedded.Server) -> redis.Redis:
+    return redis.from_url(valkey.url)
