@@ -61,6 +61,8 @@ class Live:
         elif _is(made, MADE_BY_CONTEXTLIB):
             await self._enter(made)
         else:
+            if made is None:
+                self._refuse_none()
             await self._open_value(made)
         self.is_open = True
         if sandboxed and self.driver is not None:
@@ -99,6 +101,20 @@ class Live:
             return (f"not known: holders() failed: {summary(error)}",)
 
     # -- opening ----------------------------------------------------------------------------
+
+    def _refuse_none(self) -> None:
+        from ._annotations import Unclear, value_type
+
+        try:
+            kind = value_type(self.resource.factory)
+            fits = isinstance(None, kind)
+        except (Unclear, TypeError):  # it may be anything
+            return
+        if not fits:
+            raise self._broken(
+                f"a factory that returned None, and says that it returns {kind.__name__}",
+                f"Is `return` missing? Else say that there may be none: -> {kind.__name__} | None.",
+            )
 
     async def _open_value(self, value: Any) -> None:
         self._take(value)

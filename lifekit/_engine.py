@@ -112,12 +112,19 @@ class Engine:
     def stop_timeline(self) -> Timeline:
         """Return how the stop went."""
         times = [(node.close_began, node.closed_at) for node in self.nodes]
+        # What failed to open was closed before the stop that it caused.
+        began = min([self.stop_began, *(begin for begin, _ in times if begin is not None)])
         title = f"stop of {self.name}"
-        return timeline(title, self._names, times, self.plan.children, self.stop_began, last_first=True)
+        return timeline(title, self._names, times, self.plan.children, began, last_first=True)
 
     def opened(self) -> list[str]:
         """Return the names of what had opened."""
         return [node.resource.name for node in self.own if node.asked]
+
+    def cut_off(self) -> list[str]:
+        """Return the names of what was opening still when something else failed."""
+        others = {*self.opened(), *self.not_begun(), *(name for name, _, _ in self.open_failures)}
+        return [node.resource.name for node in self.own if node.resource.name not in others]
 
     def not_begun(self) -> list[str]:
         """Return the names of what never began to open."""

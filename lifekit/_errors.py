@@ -113,11 +113,13 @@ class StartupError(_FailureGroup):
     """The lifespan did not start: every cause, the first failure first.
 
     Attributes: ``failures``, pairs of a resource's name and what it failed with; ``opened``, the
-    names of what had opened (and was closed again); ``not_begun``, the names of what never began;
-    ``rollback``, the `ShutdownError` of closings that failed on the way back, or None.
+    names of what had opened (and was closed again); ``cut_off``, the names of what was still opening;
+    ``not_begun``, the names of what never began; ``rollback``, the `ShutdownError` of closings that
+    failed on the way back, or None.
     """
 
     opened: tuple[str, ...] = ()
+    cut_off: tuple[str, ...] = ()
     not_begun: tuple[str, ...] = ()
     rollback: ShutdownError | None = None
 
@@ -128,6 +130,7 @@ class StartupError(_FailureGroup):
         failures: Sequence[tuple[str, str, Exception]],
         *,
         opened: Sequence[str] = (),
+        cut_off: Sequence[str] = (),
         not_begun: Sequence[str] = (),
         rollback: ShutdownError | None = None,
     ) -> Self:
@@ -136,6 +139,8 @@ class StartupError(_FailureGroup):
         lines += [_line(*failure) for failure in failures]
         if opened:
             lines.append(f"  opened, and closed again: {', '.join(opened)}")
+        if cut_off:
+            lines.append(f"  cancelled while it opened: {', '.join(cut_off)}")
         if not_begun:
             lines.append(f"  never began: {', '.join(not_begun)}")
         causes = [error for _, _, error in failures]
@@ -144,6 +149,7 @@ class StartupError(_FailureGroup):
         group = cls("\n".join(lines), causes)
         group.failures = tuple((name, error) for name, _, error in failures)
         group.opened = tuple(opened)
+        group.cut_off = tuple(cut_off)
         group.not_begun = tuple(not_begun)
         group.rollback = rollback
         return group

@@ -309,6 +309,8 @@ def test_siblings_that_still_open_are_cancelled_when_one_fails(backend: str) -> 
             async with registry.lifespan():
                 pass
         assert [type(error) for error in caught.value.exceptions] == [ZeroDivisionError]
+        assert caught.value.cut_off == ("slow",)
+        assert "cancelled while it opened: slow" in str(caught.value)
         assert cleaned == ["slow"]
         assert ("OpenFailed", "slow") in log
         assert ("Opened", "slow") not in log

@@ -386,6 +386,44 @@ def test_a_generator_that_yields_nothing_fails_the_start(factory: Any) -> None:
     assert str(failure).endswith("Yield the value once.")
 
 
+def forgetful() -> list[int]:  # type: ignore[return]
+    """Lacks its return."""
+    [1].copy()
+
+
+async def forgetful_async() -> list[int]:  # type: ignore[return]
+    """Lacks its return."""
+
+
+def may_be_none() -> list[int] | None:
+    """Says so."""
+    return None
+
+
+def any_object() -> object:
+    """None is one."""
+    return None
+
+
+@pytest.mark.parametrize("factory", [forgetful, forgetful_async])
+def test_a_factory_without_its_return_fails_the_start(factory: Any) -> None:
+    registry = Registry()
+    registry.resource(factory)
+    failure = failure_at_start(registry)
+    assert isinstance(failure, DeclarationError)
+    assert line_of(factory) in str(failure)
+    assert "returned None, and says that it returns list. Is `return` missing?" in str(failure)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("factory", [may_be_none, any_object, lambda: None])
+async def test_none_is_a_value_where_nothing_else_is_said(factory: Any) -> None:
+    registry = Registry()
+    handle = registry.resource(name="value")(factory)
+    async with registry.lifespan() as lifespan:
+        assert lifespan[handle] is None
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_generator_that_yields_twice_fails_the_stop_and_is_closed(is_async: bool) -> None:
     registry = Registry()

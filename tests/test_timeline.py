@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -184,6 +185,28 @@ def test_a_failed_start_has_its_pictures_too(backend: str) -> None:
         assert lifespan.shutdown.critical_path == ("right", "base")
 
     run(main, backend)
+
+
+@pytest.mark.anyio
+async def test_what_is_closed_before_the_stop_that_it_causes_is_in_the_picture() -> None:
+    class Half:
+        async def __aenter__(self) -> None:
+            raise ZeroDivisionError
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        def terminate(self) -> None:
+            time.sleep(0.002)  # and the lifespan's owner does not hear of it before
+
+    registry = Registry()
+    registry.resource(name="half")(Half)
+    lifespan = registry.lifespan()
+    with pytest.raises(StartupError):
+        await lifespan.__aenter__()
+    (half,) = lifespan.shutdown.spans
+    assert half.began == 0
+    assert half.seconds >= 0.002
+    assert len(str(lifespan.shutdown).splitlines()[1]) < 80
 
 
 def test_a_lifespan_that_was_not_entered_has_no_pictures_yet() -> None:
