@@ -35,13 +35,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker, and read the ini line as far as that needs no import."""
     config.addinivalue_line("markers", _MARKER)
-    value = str(config.getini(_INI))
+    value = _named(config)
     module, _, attribute = value.removesuffix("()").partition(":")
     if value and not all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
         raise pytest.UsageError(
             f"{_INI} = {value!r}: a module and what the application is called there are expected, such "
             'as "shop.main:app", or "shop.main:create_app()" for what a function returns'
         )
+
+
+def _named(config: pytest.Config) -> str:
+    return str(config.getini(_INI)).strip("\"'")  # as in TOML, where an ini file wants no quotes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -70,7 +74,7 @@ def lifekit_app(pytestconfig: pytest.Config) -> ASGIApp:
     """
     from lifekit.testing._pytest import load
 
-    return load(str(pytestconfig.getini(_INI)), pytestconfig)
+    return load(_named(pytestconfig), pytestconfig)
 
 
 @pytest.fixture
@@ -114,6 +118,7 @@ def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[Any],
 ) -> Generator[None, object, object]:
     """Note which overrides are made by a fixture that lasts, as the application may."""
+    __tracebackhide__ = True
     if fixturedef.scope == "function":
         return (yield)
     before = _entered()
@@ -167,7 +172,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if accounts:
         from lifekit.testing._pytest import summary
 
-        for number, line in enumerate(summary(accounts)):
+        for number, line in enumerate(summary(accounts, config)):
             if not number:
                 terminalreporter.section("lifekit")
             terminalreporter.line(line)

@@ -46,12 +46,13 @@ def load(value: str, config: pytest.Config) -> ASGIApp:
     """Return the application that the ini line's *value* names.
 
     Raises:
-        UsageError: There is no such thing; what came of the import is its cause.
+        UsageError: Importing it failed; how is the cause.
+        Failed: There is no such thing.
     """
     if not value:
-        raise pytest.UsageError(
-            "which application is to be tested? Write it into the ini file:\n"
-            '    lifekit_app = "shop.main:app"\n'
+        line = _as_written(config, 'lifekit_app = "shop.main:app"')
+        _fail(
+            f"which application is to be tested? Write it into the ini file:\n    {line}\n"
             "or let a session-scoped fixture of conftest.py that is called lifekit_app return it."
         )
     name, _, path = value.removesuffix("()").partition(":")
@@ -62,24 +63,24 @@ def load(value: str, config: pytest.Config) -> ASGIApp:
         found: Any = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
-            raise _wrong(value, f"importing {name} raised {error!r}") from error
+            raise pytest.UsageError(_wrong(value, f"importing {name} raised {error!r}")) from error
         hint = 'Does it need a line like pythonpath = ["src"]?'
         why = f"there is no module {error.name}, neither in {root} nor elsewhere on sys.path. {hint}"
-        raise _wrong(value, why) from error
+        _fail(_wrong(value, why))
     except Exception as error:
-        raise _wrong(value, f"importing {name} raised {error!r}") from error
+        raise pytest.UsageError(_wrong(value, f"importing {name} raised {error!r}")) from error
     for part in path.split("."):
         if not hasattr(found, part):
-            raise _wrong(value, f"{found!r} has no attribute {part!r}")
+            _fail(_wrong(value, f"{found!r} has no attribute {part!r}"))
         found = getattr(found, part)
     app: Any = found() if value.endswith("()") else found
     if not callable(app):
-        raise _wrong(value, f"an ASGI application is expected, not {app!r}")
+        _fail(_wrong(value, f"an ASGI application is expected, not {app!r}"))
     return cast(ASGIApp, app)
 
 
-def _wrong(value: str, why: str) -> pytest.UsageError:
-    return pytest.UsageError(f'lifekit_app = "{value}": {why}')
+def _wrong(value: str, why: str) -> str:
+    return f'lifekit_app = "{value}": {why}'
 
 
 def kind_for(item: Any) -> str:
@@ -108,8 +109,14 @@ def kind_for(item: Any) -> str:
         return f"anyio_{item._fixtureinfo.name2fixturedefs['anyio_backend'][-1].scope}"
     return _fail(
         "nothing runs this async test: it wants @pytest.mark.asyncio and pytest-asyncio (with "
-        'asyncio_mode = "auto" in the ini file instead), or @pytest.mark.anyio'
+        "asyncio_mode = auto in the ini file instead), or @pytest.mark.anyio"
     )
+
+
+def _as_written(config: pytest.Config, lines: str) -> str:
+    """Return lines of TOML as the ini file of this run has them."""
+    toml = config.inipath is None or config.inipath.suffix == ".toml"
+    return lines if toml else lines.replace('"', "")
 
 
 def _overrides_for(kind: str) -> list[Override]:
@@ -326,7 +333,7 @@ in conftest.py:
 }
 
 
-def summary(accounts: Iterable[Account]) -> Iterator[str]:
+def summary(accounts: Iterable[Account], config: pytest.Config) -> Iterator[str]:
     """Yield the lines in which a run ends."""
     told = list(accounts)
     for plugin, way_out in _WAYS_OUT.items():
@@ -338,6 +345,8 @@ def summary(accounts: Iterable[Account]) -> Iterator[str]:
         ]
         times, seconds = sum(count for count, _ in costs), sum(each for _, each in costs)
         if seconds >= WORTH_SAYING:
+            if plugin == "pytest-asyncio":
+                way_out = _as_written(config, way_out)
             yield (
                 f"The application was opened {times} times, once for each event loop of {plugin}'s, "
                 f"which took {seconds:.2f} s.\nWith one loop it opens once; {way_out}"

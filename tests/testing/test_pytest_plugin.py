@@ -288,6 +288,17 @@ def test_the_ini_line_leads_to_the_application(inner: Inner, value: str, says: s
         result.stdout.fnmatch_lines([says])
 
 
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_an_ini_file_may_have_quotes_and_is_shown_none(inner: Inner, quote: str) -> None:
+    inner.pytester.path.joinpath("pyproject.toml").unlink()
+    line = f"lifekit_app = {quote}tests.testing.plugin_cases.memory:app{quote}"
+    inner.pytester.makeini(f"[pytest]\n{line}")
+    inner.run(test_it=ONE).assert_outcomes(passed=1)
+    inner.pytester.makeini("[pytest]")
+    result = inner.run(test_it=ONE)
+    result.stdout.fnmatch_lines(["*Write it into the ini file:", "*  lifekit_app = shop.main:app"])
+
+
 def test_a_project_may_make_the_application_itself(inner: Inner) -> None:
     inner.ini(None)
     own = """
