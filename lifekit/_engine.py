@@ -86,9 +86,9 @@ class Engine:
         self.now = clock()
         self._on_event, self._on_finished = on_event, on_finished
         self._heard = on_event is not None or events.logger.isEnabledFor(logging.INFO)
+        self._heard &= bool(self.own) or not values  # else all is open already
         self._stop_asked = False
-        self._unopened = len(self.own)
-        self._running = 0
+        self._unopened, self._running = len(self.own), 0
         self._tasks: list[object] = []  # asyncio itself does not keep them
         self._reports: list[tuple[Node, Callable[[Node, Any], None], object]] = []
         self._alarms: list[tuple[float, int]] = []

@@ -23,6 +23,7 @@ from lifekit import (
     Resource,
     ShutdownError,
     StartupError,
+    events,
 )
 from lifekit.testing import client
 
@@ -236,6 +237,22 @@ async def test_it_is_left_in_another_context_than_it_was_entered_in(shop: Shop) 
     override.__exit__(None, None, None)
     async with shop.registry.lifespan() as lifespan:
         assert lifespan[shop.cache].name == "cache"
+
+
+async def test_an_override_that_rebuilds_nothing_says_nothing() -> None:
+    told: list[events.Event] = []
+    registry = Registry(on_event=told.append)
+    cache = registry.resource(name="cache")(lambda: Part("cache"))
+    registry.resource(cache, name="links")(lambda cache: Part("links", cache))
+    mail = registry.resource(name="mail")(lambda: Part("mail"))
+    async with registry.lifespan() as lifespan:
+        told.clear()
+        async with lifespan.override(mail, Part("fake")):
+            pass
+        assert told == []
+        async with lifespan.override(cache, Part("fake")):
+            pass
+        assert {each.resource for each in told if isinstance(each, events.Opened)} == {"links"}
 
 
 # -- what can't hold ---------------------------------------------------------------------------------
