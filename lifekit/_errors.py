@@ -27,6 +27,13 @@ Phase = Literal["open", "check", "close", "wait_closed", "terminate"]
 class LifekitError(Exception):
     """The base of everything that lifekit raises."""
 
+    __module__ = "lifekit"  # a traceback names what is to be imported
+
+    def __init_subclass__(cls) -> None:
+        """Let lifekit's own say so as well."""
+        if cls.__module__ == __name__:
+            cls.__module__ = "lifekit"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Made anew from its text and its attributes, whatever its own __init__ asks for.
         return _made_anew, (type(self), self.args, self.__dict__)

@@ -393,6 +393,7 @@ def forgetful() -> list[int]:  # type: ignore[return]
 
 async def forgetful_async() -> list[int]:  # type: ignore[return]
     """Lacks its return."""
+    [1].copy()
 
 
 def may_be_none() -> list[int] | None:

@@ -149,8 +149,10 @@ def _fields(kind: type) -> set[str]:
     bases = [base for base in kind.__mro__ if base.__module__.startswith("lifekit")]
     found: set[str] = {key for base in bases for key in vars(base).get("__annotations__", ())}
     if issubclass(kind, lifekit.LifekitError):
-        for base in bases:
-            found |= set(re.findall(r"\bself\.([a-z]\w*)\b[^=\n]*= ", inspect.getsource(base)))
+        for function in filter(
+            inspect.isfunction, [each for base in bases for each in vars(base).values()]
+        ):
+            found |= set(re.findall(r"\bself\.([a-z]\w*)\b[^=\n]*= ", inspect.getsource(function)))
     return {name for name in found if not name.startswith("_")}
 
 
