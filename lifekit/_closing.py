@@ -82,7 +82,17 @@ class Live:
             if await settle(self._declared("check", declared)()) is False:
                 raise LifekitError(f"the check of {self.resource.name} returned False")
         elif self.driver is not None:
-            await self.driver.check(self.value)
+            with self._named():
+                await self.driver.check(self.value)
+
+    @contextlib.contextmanager
+    def _named(self) -> Generator[None]:
+        # Drivers rarely say which server it was.
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"lifekit: opening {self.describe()}")
+            raise
 
     def describe(self) -> str:
         """Return what the value is, with no password."""
@@ -125,7 +135,8 @@ class Live:
                     ("close", partial(self._driven, "close")),
                     ("wait_closed", partial(self._driven, "wait_closed")),
                 )
-            self.value = await self.driver.open(value)
+            with self._named():
+                self.value = await self.driver.open(value)
         elif not self.steps:
             await self._by_protocol(value)
 

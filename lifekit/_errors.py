@@ -224,7 +224,8 @@ def _made_anew(
 def _line(name: str, location: str, error: Exception) -> str:
     text = _text(error)
     if not text.startswith(f"{name} ({location})"):  # else it is one of lifekit's own
-        text = f"{name} ({location}): {summary(error)}"
+        notes = [each for each in getattr(error, "__notes__", ()) if each.startswith("lifekit: ")]
+        text = "\n  ".join([f"{name} ({location}): {summary(error)}", *notes])
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
