@@ -14,7 +14,8 @@ help:
 
 # -- what it does --------------------------------------------------------------------------------
 
-.PHONY: demo run test test-long lint format types bench docs docs-serve
+.PHONY: demo run test test-long test-package test-pythons test-lowest
+.PHONY: lint format types bench bench-page docs docs-serve pictures test-site build
 demo: $(READY)  ## Run the example application: real servers, some requests, how it started and stopped
 	@cd docs/examples && ../../$(BIN)/python -m shortener.demo
 
@@ -26,6 +27,18 @@ test: $(READY)  ## Run the tests; ARGS goes to pytest: make test ARGS="-k exampl
 
 test-long: $(READY)  ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m long --timeout 1200 $(ARGS)
+
+test-package: $(READY)  ## Build the package, install it alone and with each extra, and use it
+	@$(BIN)/python -m pytest -m package $(ARGS) tests/package
+
+test-pythons: $(READY)  ## Run the tests on each supported Python that is installed
+	@$(BIN)/python -m tests.package pythons $(ARGS)
+
+test-lowest: $(READY)  ## Run the tests with the oldest versions of all that is needed
+	@$(BIN)/python -m tests.package lowest $(ARGS)
+
+test-site: $(READY)  ## Read the documentation in Chromium, which Debian has as a package
+	@$(BIN)/python -m pytest -m browser $(ARGS) tests/test_site.py
 
 lint: $(READY)  ## Check style and format
 	@$(BIN)/ruff check
@@ -40,15 +53,26 @@ types: $(READY)  ## Check types with mypy and pyright, and that all public names
 	@$(BIN)/pyright
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes lifekit --ignoreexternal
 
-bench: $(READY)  ## Measure what lifekit costs
-	@$(BIN)/python -m tests.benchmarks
+bench: $(READY)  ## Measure lifekit beside its floors and other libraries; ARGS names a part
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-page: $(READY)  ## Measure what docs/benchmarks.md shows, save it and draw it
+	@$(BIN)/python -m tests.benchmarks --save $(ARGS)
 
 docs: $(READY)  ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The documentation is in site/index.html"
 
+pictures: $(READY)  ## Draw the pictures of the documentation anew
+	@PYTHONPATH=docs/examples $(BIN)/python -m tests.pictures
+
 docs-serve: $(READY)  ## Serve the documentation, and again after each change
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+build: $(READY)  ## Build the wheel and the sdist into dist/
+	@rm -rf dist
+	@$(BIN)/python -m build --installer uv
+	@$(BIN)/uv tool run twine check --strict dist/*
 
 # -- where it does it ----------------------------------------------------------------------------
 

