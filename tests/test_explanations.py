@@ -147,18 +147,6 @@ def test_every_example_is_on_a_page_or_run() -> None:
     assert {name for name in files if f"explanation/{name}" not in pages} == set()
 
 
-BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.M | re.S)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_on_a_page_runs(page: Path) -> None:
-    """What is included from a file is run above, or by that file's own tests."""
-    namespace: dict[str, object] = {"__name__": page.stem}
-    for text in BLOCK.findall(page.read_text("utf-8")):
-        if not text.startswith("--8<--"):
-            exec(compile(text, page.name, "exec"), namespace)
-
-
 @ON_ASYNCIO
 @pytest.mark.anyio
 async def test_a_container_builds_on_what_a_lifespan_opened() -> None:

@@ -30,10 +30,10 @@ from starlette.testclient import TestClient
 from lifekit import Registry, Resource, SandboxUnsupportedError, ShutdownError, asgi, drivers, testing
 from lifekit.embedded import Server
 
-ROOT = Path(__file__).parents[1]
+from .pages import ROOT, blocks
+
 EXAMPLES = ROOT / "docs" / "examples"
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
-BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.M | re.S)
 INCLUDED = re.compile(r'--8<-- "(docs/examples/how_to/(\w+)\.py):(\w+)"')
 RUN_BY_A_TEST = {
     "adopt_before",
@@ -100,9 +100,7 @@ def _page(name: str) -> str:
 
 
 def _python(page: Path) -> list[str]:
-    return [
-        text for language, _, text in BLOCK.findall(page.read_text("utf-8")) if language == "python"
-    ]
+    return [text for _, text in blocks(page.read_text("utf-8"), "python")]
 
 
 def _namespace(name: str) -> dict[str, Any]:
@@ -112,19 +110,6 @@ def _namespace(name: str) -> dict[str, Any]:
         if not text.startswith("--8<--"):
             exec(compile(text, name, "exec"), namespace)
     return namespace
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_on_a_page_is_a_tested_file_or_short_and_runs(page: Path) -> None:
-    for text in _python(page):
-        if (included := INCLUDED.fullmatch(text.strip())) is not None:
-            source = (ROOT / included[1]).read_text("utf-8")
-            start, end = (source.find(f"--8<-- [{each}:{included[3]}]") for each in ("start", "end"))
-            assert 0 <= start < end, text
-        else:
-            lines = [line for line in text.splitlines() if line and "import" not in line]
-            assert len(lines) <= 10, text
-    _namespace(page.stem)
 
 
 def test_each_example_is_on_a_page() -> None:
@@ -289,9 +274,7 @@ def test_the_tests_on_the_pages_pass_and_leave_nothing(
 
 
 def test_the_ini_lines_on_a_page_are_those_of_the_examples() -> None:
-    [(_, _, shown)] = [
-        block for block in BLOCK.findall(_page("test-with-rollback")) if block[0] == "ini"
-    ]
+    [(_, shown)] = blocks(_page("test-with-rollback"), "ini")
     ini = (EXAMPLES / "pytest.ini").read_text("utf-8").splitlines()
     different = [line for line in shown.splitlines() if line not in ini]
     assert different == ["lifekit_app = how_to.checkout:app"]
