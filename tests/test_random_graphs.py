@@ -297,7 +297,7 @@ def check(case: Case) -> None:
 quickly = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
-@settings(quickly, max_examples=300)
+@settings(quickly, max_examples=200)
 @given(cases())
 def test_random_graphs_keep_every_promise(case: Case) -> None:
     check(case)

@@ -366,6 +366,14 @@ def test_two_threads_run_one_registry_in_two_loops_at_once() -> None:
     assert not registry.running
 
 
+@pytest.mark.parametrize(
+    "anyio_backend",
+    [
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
+        pytest.param("trio", marks=pytest.mark.long),
+    ],
+)
 async def test_two_thousand_lifespans_leak_no_task_descriptor_or_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

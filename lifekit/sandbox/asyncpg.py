@@ -264,6 +264,12 @@ class _InsideHolder(PoolConnectionHolder):
         finally:
             _connecting.reset(token)
 
+    async def release(self, timeout: float | None) -> None:  # noqa: ASYNC109
+        if self._con is not None and self._con.is_closed():
+            self._con.terminate()  # else asyncpg before 0.32 loses this place
+        else:
+            await super().release(timeout)
+
 
 @functools.cache
 def _sorted(kind: Any) -> Any:

@@ -37,6 +37,7 @@ def test_every_benchmark_has_an_expected_row() -> None:
     assert set(command.BENCHMARKS) == {*BARRED, "sandbox", "suites", *CONTESTS}
 
 
+@pytest.mark.long  # whole runs of pytest
 def test_benchmarks_of_isolation_have_two_bars_each() -> None:
     """A test and a statement; the two kinds of fixtures that the plugin's are compared with."""
     rows = command.BENCHMARKS["sandbox"].tiny() + command.BENCHMARKS["suites"].tiny()

@@ -289,7 +289,7 @@ PAINS = [
     Pain(
         "article/garbage_collected_after_its_loop",
         (
-            "ResourceWarning: loop is closed",
+            *(("ResourceWarning: loop is closed",) if sys.version_info[:2] != (3, 12) else ()),
             "unclosed connection <asyncpg.",
             "Unclosed 1 connections in <",
             "unclosed Connection <redis.",
