@@ -29,7 +29,7 @@ from lifekit.drivers.asyncpg import loans
 from ._holders import escaped_strays, lets_go
 from ._lane import Lane
 from ._shared import Shared
-from ._sockets import is_cut
+from ._sockets import cuts_of
 
 _SECONDS = 60.0
 """For the sandbox's own statements, which wait for no lock and do little."""
@@ -41,6 +41,7 @@ class RealConnection:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.shared: Shared = Shared(self)
+        self._is_cut = cuts_of(connection._transport.get_extra_info("socket"))
 
     async def control(self, sql: str) -> None:
         """Send statements in one message; whatever they return is dropped."""
@@ -69,7 +70,7 @@ class RealConnection:
 
     def is_cut(self) -> bool:
         """Return whether the server has closed the connection, which is idle."""
-        return is_cut(self.connection._transport.get_extra_info("socket"))
+        return self._is_cut()
 
 
 def connect(shared: Shared, real: Any) -> Any:

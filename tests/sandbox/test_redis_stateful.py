@@ -822,7 +822,7 @@ def enumerate_kinds(kind: str) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@settings(calm, max_examples=250, derandomize=True)
+@settings(calm, max_examples=120, derandomize=True)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with many more."""
