@@ -266,8 +266,9 @@ class _InsideHolder(PoolConnectionHolder):
             _connecting.reset(token)
 
     async def release(self, timeout: float | None) -> None:  # noqa: ASYNC109
-        if self._con is not None and self._con.is_closed():
-            self._con.terminate()  # else asyncpg before 0.32 loses this place
+        connection = cast(Any, self)._con
+        if connection is not None and connection.is_closed():
+            connection.terminate()  # else asyncpg before 0.32 loses this place
         else:
             await super().release(timeout)
 
