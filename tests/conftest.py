@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 
@@ -13,6 +14,8 @@ from lifekit import embedded
 
 os.environ.pop("DATABASE_URL", None)
 os.environ.pop("REDIS_URL", None)
+# A script's `make test &` has a shell ignore Ctrl-C, and what it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(
