@@ -483,6 +483,12 @@ PAINFUL = re.compile(
 """What in the texts of the pains is a message."""
 
 
+NOT_SAID_HERE = [
+    *(["a different loop than the one specified"] if sys.version_info >= (3, 12) else []),
+    *(["ResourceWarning: loop is closed"] if sys.version_info[:2] == (3, 12) else []),
+]
+
+
 def _is_a_pain(message: str) -> bool:
     texts = [" ".join(map(plain, pain.texts)) for pain in PAINS]
     return any(all(part in text for part in words(message)) for text in texts)
@@ -495,8 +501,8 @@ def test_what_a_program_says_is_on_the_page(name: str, said: dict[str, str]) -> 
 
 @pytest.mark.parametrize("message", _messages())
 def test_a_message_on_the_page_is_given_by_a_program(message: str, said: dict[str, str]) -> None:
-    if "a different loop than the one specified" in message and sys.version_info >= (3, 12):
-        pytest.skip("Python 3.11 says so")
+    if any(part in message for part in NOT_SAID_HERE):
+        pytest.skip("another Python says so")
     shown = [name for name, told in said.items() if pattern(message).search(told)]
     assert shown or _is_a_pain(message)
 

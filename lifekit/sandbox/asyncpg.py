@@ -394,6 +394,7 @@ class PoolSandbox(Sandbox):
         assert self._used is not None
         connection = connect(self._used.shared, self._used.connection)
         if self._pool._init is not None:
+            connection._protocol.lane.acquired()
             await self._pool._init(connection)
         return connection
 

@@ -112,6 +112,7 @@ class EngineSandbox(Sandbox):
             prepared_statement_cache_size=cache.capacity if cache is not None else 0,
             prepared_statement_name_func=real._prepared_statement_name_func,
         )
+        made._connection._protocol.lane.acquired(user_frame())  # while it is made, nobody has it yet
         self._lanes.append(made)
         return made
 

@@ -618,6 +618,18 @@ async def test_hooks_of_the_pool(box: Box) -> None:
         assert await pool.fetchval("SELECT current_setting('app.setup')") == "done"
 
 
+async def test_what_init_waits_for_is_told_with_the_line_that_acquires(box: Box) -> None:
+    async def init(connection: Any) -> None:
+        await connection.execute("SELECT 1")
+
+    lifespan, pool = await box.open(init=init)
+    async with lifespan.sandbox(), pool.acquire() as first, first.transaction():
+        await first.execute(ADD)
+        with pytest.raises(SandboxBusyError) as caught:
+            await pool.acquire()
+    assert str(caught.value).count("in test_what_init_waits_for") == 2
+
+
 async def test_type_codecs(box: Box) -> None:
     """Set by init, and on one connection by hand, in several blocks."""
 
