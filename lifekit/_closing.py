@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 from . import drivers
-from ._errors import DeclarationError, LifekitError, Phase, summary
+from ._errors import DeclarationError, LifekitError, Phase, note_once, summary
 from ._redact import redact
 from ._resource import Resource, Step
 
@@ -82,16 +82,14 @@ class Live:
             if await settle(self._declared("check", declared)()) is False:
                 raise LifekitError(f"the check of {self.resource.name} returned False")
         elif self.driver is not None:
-            with self._named():
-                await self.driver.check(self.value)
+            await self._named(self.driver.check, self.value)
 
-    @contextlib.contextmanager
-    def _named(self) -> Generator[None]:
+    async def _named(self, call: Callable[[Any], Awaitable[Any]], value: Any) -> Any:
         # Drivers rarely say which server it was.
         try:
-            yield
+            return await call(value)
         except Exception as error:
-            error.add_note(f"lifekit: opening {self.describe()}")
+            note_once(error, f"lifekit: opening {self.describe()}")
             raise
 
     def describe(self) -> str:
@@ -113,12 +111,14 @@ class Live:
     # -- opening ----------------------------------------------------------------------------
 
     def _refuse_none(self) -> None:
-        from ._annotations import Unclear, value_type
+        from ._annotations import value_type
 
+        if hasattr(self.resource.factory, "__wrapped__"):
+            return  # what it says, its decorator may not do
         try:
             kind = value_type(self.resource.factory)
             fits = isinstance(None, kind)
-        except (Unclear, TypeError):  # it may be anything
+        except Exception:  # it is unclear, or can't be asked: it may be anything
             return
         if not fits:
             raise self._broken(
@@ -135,8 +135,7 @@ class Live:
                     ("close", partial(self._driven, "close")),
                     ("wait_closed", partial(self._driven, "wait_closed")),
                 )
-            with self._named():
-                self.value = await self.driver.open(value)
+            self.value = await self._named(self.driver.open, value)
         elif not self.steps:
             await self._by_protocol(value)
 

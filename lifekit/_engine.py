@@ -80,6 +80,8 @@ class Engine:
         self.finished = anyio.Event()
         self.stopping = False
         self.open_failures: list[Failure] = []
+        self.cut_off: list[str] = []
+        """What was opening still when something else failed."""
         self.close_failures: list[Failure] = []
         self.interrupts: list[BaseException] = []  # what must be delivered as it is
         self.began = self.stop_began = 0.0
@@ -120,11 +122,6 @@ class Engine:
     def opened(self) -> list[str]:
         """Return the names of what had opened."""
         return [node.resource.name for node in self.own if node.asked]
-
-    def cut_off(self) -> list[str]:
-        """Return the names of what was opening still when something else failed."""
-        others = {*self.opened(), *self.not_begun(), *(name for name, _, _ in self.open_failures)}
-        return [node.resource.name for node in self.own if node.resource.name not in others]
 
     def not_begun(self) -> list[str]:
         """Return the names of what never began to open."""
@@ -264,7 +261,9 @@ class Engine:
         self._emit(events.OpenFailed(self.name, name, _between(node.open_began, node.opened_at), error))
         if node.live is not None and node.live.is_open:
             self._emit(events.Closing(self.name, name))
-        if error is not None:
+        if error is None:
+            self.cut_off.append(name)
+        else:
             self._record(self.open_failures, node, error)
             self._stop_asked = True
 

@@ -17,7 +17,8 @@ LifekitError
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Self
+from contextlib import suppress
+from typing import Any, Literal, Self, cast
 
 from ._redact import redact
 
@@ -29,8 +30,9 @@ class LifekitError(Exception):
 
     __module__ = "lifekit"  # a traceback names what is to be imported
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
         """Let lifekit's own say so as well."""
+        super().__init_subclass__(**options)
         if cls.__module__ == __name__:
             cls.__module__ = "lifekit"
 
@@ -113,6 +115,8 @@ class _FailureGroup(LifekitError, ExceptionGroup[Exception]):
     def derive(self, excs: Sequence[Exception], /) -> Self:  # type: ignore[override]
         part = type(self)(self.message, excs)
         part.__dict__.update(self.__dict__)
+        if "__notes__" in part.__dict__:
+            part.__notes__ = [*part.__notes__]
         return part
 
 
@@ -212,6 +216,19 @@ def _text(error: BaseException) -> str:
         return f"its text can't be had: {type(broken).__name__}"
 
 
+def note_once(error: BaseException, note: str) -> None:
+    """Add a note to an error that may have it already, or that takes none."""
+    if note not in _notes(error):
+        with suppress(Exception):
+            error.add_note(note)
+
+
+def _notes(error: BaseException) -> list[str]:
+    found: object = getattr(error, "__notes__", None)
+    listed = cast("list[object]", found) if isinstance(found, list) else []
+    return [each for each in listed if isinstance(each, str)]
+
+
 def _made_anew(
     kind: type[LifekitError], args: tuple[Any, ...], attributes: dict[str, Any]
 ) -> LifekitError:
@@ -224,7 +241,7 @@ def _made_anew(
 def _line(name: str, location: str, error: Exception) -> str:
     text = _text(error)
     if not text.startswith(f"{name} ({location})"):  # else it is one of lifekit's own
-        notes = [each for each in getattr(error, "__notes__", ()) if each.startswith("lifekit: ")]
+        notes = [each for each in _notes(error) if each.startswith("lifekit: ")]
         text = "\n  ".join([f"{name} ({location}): {summary(error)}", *notes])
     return "\n".join(f"  {line}" for line in text.splitlines())
 

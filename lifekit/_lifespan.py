@@ -234,7 +234,7 @@ class Lifespan(Mapping[str, Any]):
             name,
             engine.open_failures,
             opened=engine.opened(),
-            cut_off=engine.cut_off(),
+            cut_off=engine.cut_off,
             not_begun=engine.not_begun(),
             rollback=shutdown,
         )

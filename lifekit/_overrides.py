@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Final
 
@@ -42,8 +43,8 @@ Overrides = Mapping[Resource[Any], Override]
 
 overrides: ContextVar[tuple[Override, ...]] = ContextVar("lifekit.overrides", default=())
 """The overrides of this context, the outermost first."""
-entered: dict[Override, None] = {}
-"""Those of all contexts, in the order of their beginning."""
+entered: dict[Override, int] = {}
+"""Those of all contexts in the order of their beginning, each with the thread that it began in."""
 
 
 def make_override(resource: Resource[Any], value: Any, factory: Callable[..., Any] | None) -> Override:
@@ -136,7 +137,7 @@ class Overriding:
             if override.resource in lifespan.live:
                 raise _too_late(override, lifespan.location)
         self._entered = True
-        entered[override] = None
+        entered[override] = get_ident()
         overrides.set((*overrides.get(), override))
 
     def __exit__(

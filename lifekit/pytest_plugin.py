@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -121,17 +122,19 @@ def pytest_fixture_setup(
     __tracebackhide__ = True
     if fixturedef.scope == "function":
         return (yield)
-    before = _entered()
+    before = _entered_here()
     made = yield
-    for override in _entered():
-        if override not in before and override.scope is None:
-            override.scope = fixturedef.scope
+    for override in _entered_here() - before:
+        override.scope = (
+            override.scope or fixturedef.scope
+        )  # that of a fixture it asked for, else its own
     return made
 
 
-def _entered() -> list[Override]:
+def _entered_here() -> set[Override]:
     module = sys.modules.get("lifekit._overrides")
-    return [] if module is None else list(module.entered)
+    entered: dict[Override, int] = {} if module is None else module.entered.copy()
+    return {override for override, thread in entered.items() if thread == get_ident()}
 
 
 # -- the end of the run ------------------------------------------------------------------------

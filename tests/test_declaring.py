@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -406,6 +406,38 @@ def any_object() -> object:
     return None
 
 
+def without_result(function: Callable[[], object]) -> Callable[[], object]:
+    """Return what does the same and returns None."""
+
+    @functools.wraps(function)
+    def dropped() -> None:
+        function()
+
+    return dropped
+
+
+@without_result
+def wrapped() -> list[int]:
+    """Whose decorator has the last word."""
+    return [1]
+
+
+class Unasked(type):
+    """The type of classes that answer no question."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        raise LookupError
+
+
+class Silent(metaclass=Unasked):
+    """One of them."""
+
+
+def may_be_silent() -> Silent:
+    """It can't be told whether None is one."""
+    return cast(Silent, None)
+
+
 @pytest.mark.parametrize("factory", [forgetful, forgetful_async])
 def test_a_factory_without_its_return_fails_the_start(factory: Any) -> None:
     registry = Registry()
@@ -417,7 +449,7 @@ def test_a_factory_without_its_return_fails_the_start(factory: Any) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("factory", [may_be_none, any_object, lambda: None])
+@pytest.mark.parametrize("factory", [may_be_none, any_object, wrapped, may_be_silent, lambda: None])
 async def test_none_is_a_value_where_nothing_else_is_said(factory: Any) -> None:
     registry = Registry()
     handle = registry.resource(name="value")(factory)

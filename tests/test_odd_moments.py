@@ -277,6 +277,10 @@ class Odd(Exception):
     """An error with attributes and a text that are not what they seem."""
 
     exceptions = None
+    __notes__: Any = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise TypeError
 
     def __str__(self) -> str:
         raise RuntimeError
@@ -290,6 +294,31 @@ def test_an_error_of_an_odd_shape_is_still_told() -> None:
         def odd() -> None:
             raise Odd
 
+        with pytest.raises(StartupError) as caught:
+            async with registry.lifespan():
+                pass
+        assert isinstance(caught.value.exceptions[0], Odd)
+
+    anyio.run(main)
+
+
+@pytest.mark.parametrize("notes", [None, 5, [5], ("a",)])
+def test_odd_notes_of_a_drivers_error_hide_nothing(
+    monkeypatch: pytest.MonkeyPatch, notes: object
+) -> None:
+    class Value:
+        """What the driver is for."""
+
+    class Failing(Driver[Value]):
+        async def open(self, value: Value) -> Value:
+            raise Odd
+
+    register(Value, Failing())
+    monkeypatch.setattr(Odd, "__notes__", notes)
+
+    async def main() -> None:
+        registry = Registry()
+        registry.resource(name="odd")(Value)
         with pytest.raises(StartupError) as caught:
             async with registry.lifespan():
                 pass
@@ -425,6 +454,62 @@ async def failed_start() -> StartupError:
         async with registry.lifespan():
             pass
     return caught.value
+
+
+async def cut_short() -> StartupError:
+    """Return an error of a start in which one opens, one fails, and one never begins."""
+    registry = Registry()
+
+    @registry.resource
+    async def slow() -> None:
+        await anyio.sleep_forever()
+
+    @registry.resource(slow)
+    def never(_: None) -> None: ...
+
+    @registry.resource
+    async def opened() -> AsyncGenerator[int]:
+        with anyio.CancelScope() as scope:
+            yield 1
+            scope.cancel()
+            await anyio.sleep_forever()
+
+    @registry.resource(opened)
+    def failing(_: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(StartupError) as caught:
+        async with registry.lifespan():
+            pass
+    return caught.value
+
+
+def test_a_failed_start_tells_each_resource_once() -> None:
+    error = anyio.run(cut_short)
+    assert [name for name, _ in error.failures] == ["failing"]
+    assert (error.opened, error.cut_off, error.not_begun) == (("opened",), ("slow",), ("never",))
+    assert "\n  cancelled while it opened: slow\n" in str(error)
+
+
+def test_a_part_of_a_group_has_notes_of_its_own() -> None:
+    error = anyio.run(cut_short)
+    error.add_note("of all")
+    part = error.derive(error.exceptions)
+    part.add_note("of a part")
+    assert (error.__notes__, part.__notes__) == (["of all"], ["of all", "of a part"])
+
+
+def test_an_error_of_the_users_own_may_be_mixed() -> None:
+    class Named:
+        title: str
+
+        def __init_subclass__(cls, *, title: str) -> None:
+            cls.title = title
+
+    class NoShop(LifekitError, Named, title="shop"):
+        """Theirs."""
+
+    assert (NoShop.title, NoShop.__module__) == ("shop", __name__)
 
 
 def through_pickle(error: Any) -> Any:

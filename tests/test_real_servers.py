@@ -218,6 +218,31 @@ async def test_a_server_that_is_not_up_yet_is_waited_for(clients: Clients) -> No
     await clients.assert_none()
 
 
+async def awaited(url: str) -> asyncpg.Pool:
+    """Return an open pool."""
+    return await asyncpg.create_pool(url)
+
+
+async def entered(url: str) -> AsyncGenerator[asyncpg.Pool]:
+    """Open and close it itself."""
+    async with asyncpg.create_pool(url) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # uvloop and aiopg trip over a port so dead
+@pytest.mark.parametrize("make", [asyncpg.create_pool, awaited, entered, aiopg.create_pool])
+async def test_a_failed_start_names_the_server_once(make: Any) -> None:
+    """Wherever the pool fails to open, and however often."""
+    registry = Registry()
+    url = "postgresql://ann:Sesame-open@127.0.0.1:1/shop"
+    registry.resource(name="db", retry=1)(lambda: make(url))
+    with pytest.raises(StartupError) as caught:
+        async with registry.lifespan():
+            pass
+    assert str(caught.value).count("lifekit: opening a") == 1
+    assert url.replace("Sesame-open", "***") in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["asyncpg", "aiopg", "redis"])
 async def test_a_wrong_password_fails_at_once_and_shows_in_no_text(
     clients: Clients, kind: str, caplog: pytest.LogCaptureFixture

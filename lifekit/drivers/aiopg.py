@@ -11,7 +11,7 @@ from aiopg import Connection, Pool
 from psycopg2.extensions import parse_dsn
 
 from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError
+from lifekit._errors import DeclarationError, note_once
 from lifekit._redact import redact
 
 from . import Driver, Sandbox
@@ -116,7 +116,9 @@ class AiopgDriver(Driver[Pool]):
         filling: Any = Pool._fill_free_pool  # pyright: ignore[reportPrivateUsage]
         for frame, _ in walk_tb(error.__traceback__):
             if frame.f_code is opening.__func__.__code__:
-                self.terminate(frame.f_locals["self"])
+                pool = frame.f_locals["self"]
+                note_once(error, f"lifekit: opening {self.describe(pool)}")
+                self.terminate(pool)
             elif frame.f_code is filling.__code__ and "conn" in frame.f_locals:
                 _cut({frame.f_locals["conn"]})  # the one that on_connect failed with
 

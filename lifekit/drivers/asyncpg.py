@@ -12,7 +12,7 @@ import asyncpg
 from asyncpg import exceptions
 
 from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError
+from lifekit._errors import DeclarationError, note_once
 from lifekit._redact import redact
 
 from . import Driver, Sandbox
@@ -113,7 +113,9 @@ class AsyncpgDriver(Driver[Pool]):
         """Terminate a pool that failed to open inside a factory: before 0.32 nobody else does."""
         for frame, _ in walk_tb(error.__traceback__):
             if frame.f_code is Pool._async__init__.__code__:  # type: ignore[attr-defined]
-                self.terminate(frame.f_locals["self"])
+                pool = frame.f_locals["self"]
+                note_once(error, f"lifekit: opening {self.describe(pool)}")
+                self.terminate(pool)
 
 
 def _server(pool: Any) -> str:
@@ -128,13 +130,17 @@ def _server(pool: Any) -> str:
     login, _, address = url.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts = given.get("host") or address
-    host = ",".join(cast(list[str], hosts)) if isinstance(hosts, list | tuple) else hosts
+    host = _listed(hosts)
     user, database = given.get("user") or user, given.get("database") or url.path[1:]
     if not (host or user or database):
         return "the server that PGHOST names"
     secret = ":***" if given.get("password") or password else ""
-    port = f":{given['port']}" if given.get("port") else ""
-    return f"postgresql://{user}{secret}{'@' if user else ''}{host}{port}/{database}"
+    port = f":{_listed(given['port'])}" if given.get("port") else ""
+    return f"postgresql://{user}{secret}{'@' if user or secret else ''}{host}{port}/{database}"
+
+
+def _listed(given: Any) -> str:
+    return ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
 
 
 driver: AsyncpgDriver = AsyncpgDriver()

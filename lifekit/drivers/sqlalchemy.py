@@ -132,7 +132,10 @@ class SqlalchemyDriver(Driver[AsyncEngine]):
         pool: Any = value.sync_engine.pool
         most = pool.size() + pool._max_overflow if hasattr(pool, "_max_overflow") else 0
         limit = f" of up to {most} connections" if most > 0 and pool._max_overflow >= 0 else ""
-        url = value.sync_engine.url.render_as_string(hide_password=True)
+        given = value.sync_engine.url
+        # Passwords can be anywhere else in the query, as in odbc_connect.
+        query = {name: given.query[name] for name in ("host", "port") if name in given.query}
+        url = given.set(query=query).render_as_string(hide_password=True)
         return redact(f"SQLAlchemy engine{limit}, {url}")
 
     def holders(self, value: AsyncEngine) -> Sequence[str]:

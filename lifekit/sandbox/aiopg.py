@@ -159,8 +159,9 @@ class LaneConnection(aiopg.Connection):
             tag = await lane.run_script(sql, send)
         except BaseException as error:
             cursor.told = ""
-            if isinstance(error, errors.ActiveSqlTransaction):  # by the modes of a second BEGIN
-                self._warn(read(sql), "", before)
+            script = read(sql)
+            if isinstance(error, errors.ActiveSqlTransaction) and len(script.statements) == 1:
+                self._warn(script, "", before)  # of a second BEGIN, whose modes came too late
             raise
         if not isinstance(tag, _Sent):
             cursor.told = tag

@@ -41,7 +41,7 @@ class RealConnection:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.shared: Shared = Shared(self)
-        self._is_cut = cuts_of(connection._transport.get_extra_info("socket"))
+        self._is_cut: Callable[[], bool] | None = None
 
     async def control(self, sql: str) -> None:
         """Send statements in one message; whatever they return is dropped."""
@@ -70,6 +70,8 @@ class RealConnection:
 
     def is_cut(self) -> bool:
         """Return whether the server has closed the connection, which is idle."""
+        if self._is_cut is None:
+            self._is_cut = cuts_of(self.connection._transport.get_extra_info("socket"))
         return self._is_cut()
 
 

@@ -183,9 +183,13 @@ class EngineSandbox(Sandbox):
 
     async def _close_real(self) -> None:
         await self._drop_inside()
-        real, self._real = self._real, None
+        real, self._real, self._wire = self._real, None, None
         if real is not None:
-            await greenlet_spawn(real.close)
+            adapted = real.dbapi_connection
+            try:
+                await greenlet_spawn(real.close)
+            finally:  # a listener of the application's may fail
+                self.engine.dialect.do_terminate(adapted)
 
 
 class _SandboxedPool(Pool):

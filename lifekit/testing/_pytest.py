@@ -119,11 +119,37 @@ def _as_written(config: pytest.Config, lines: str) -> str:
     return lines if toml else lines.replace('"', "")
 
 
-def _overrides_for(kind: str) -> list[Override]:
-    """Return those that last as long as the loops of a kind: one test's must not serve the others."""
-    scope = kind.rpartition("_")[2].replace("sync", "session")
-    wide = SCOPES[max(SCOPES.index(scope), 1) :]
-    return [each for each in entered if each.scope in wide]
+def _scope_of(kind: str) -> str:
+    """Return for how long the application runs: that of a package's loop outlasts the package."""
+    return {"sync": "session", "package": "session"}.get(scope := kind.rpartition("_")[2], scope)
+
+
+def _overrides_for(kind: str) -> tuple[Override, ...]:
+    """Return those that last as long as the application: one test's must not serve the others."""
+    scope = _scope_of(kind)
+    here = overrides.get() if scope == "function" else ()
+    return tuple(
+        each for each in entered if each in here or each.scope in SCOPES[SCOPES.index(scope) :]
+    )
+
+
+def _told(text: str, override: Override, kind: str) -> str:
+    name, declared = override.resource.name, override.resource.location
+    scopes = {"scope": _scope_of(kind), "fixture": override.scope}
+    return f"{override.location}: {text.format(name=name, declared=declared, **scopes)}"
+
+
+_NOT_YET = (
+    "{name} ({declared}) is open already, in the application that lasts for this test's {scope}, and "
+    'this override changes nothing. It is that of a fixture with scope "{fixture}". One with scope '
+    '"{scope}" that lifekit_app asks for is there before the application. For less write, in a fixture '
+    "of the test's, `async with lifespan.override({name}, …):`."
+)
+_OVER = (
+    "this override of {name} ({declared}) is over, and the application that lasts for this test's "
+    "{scope} was opened with it. A fixture with params= ends with each of them: write "
+    "`async with lifespan.override({name}, …):` there, in a fixture of the test's."
+)
 
 
 def _fail(text: str) -> NoReturn:
@@ -246,6 +272,7 @@ class Run:
     def __init__(self) -> None:
         self._costs: dict[str, tuple[int, float]] = {}
         self._failed: dict[object, Exception] = {}
+        self._used: dict[Running, tuple[Override, ...]] = {}
         self._told: list[tuple[Exception, str]] = []
         self._left: list[Lifespan] = []
         self.escaped: Exception | None = None
@@ -260,27 +287,42 @@ class Run:
         One that did not start in a loop of this type is not tried again: it may have taken long.
         """
         loop = running_loop()
-        if type(loop) in self._failed:
-            raise self._failed[type(loop)]
+        here, used = overrides.get(), _overrides_for(kind)
+        attempt = type(loop), used
+        if attempt in self._failed:
+            raise self._failed[attempt]
         service = running(app, sandboxed=True)
-        here, lasting = overrides.get(), _overrides_for(kind)
-        of_test = [each for each in here if each not in lasting] if kind.endswith("function") else []
-        overrides.set((*lasting, *of_test))
+        overrides.set(used)
         try:
             with self._timed(kind, 1):
                 served = await service.__aenter__()
         except Exception as error:
-            if not of_test:
-                self._failed[type(loop)] = error
+            self._failed[attempt] = error
             raise
         finally:
             overrides.set(here)
+        self._used[served] = used
         registries = {each.registry for each in served.lifespans}
         yield served
+        del self._used[served]
         with self._timed(kind, 0):
             await service.__aexit__(None, None, None)
         for registry in registries:
             self._left += registry.running.get(loop, ())
+
+    def check_overrides(self, kind: str, served: Running) -> None:
+        """Refuse an application that runs without an override that lasts, or with one that is over."""
+        used = self._used[served]
+        live = {resource for lifespan in served.lifespans for resource in lifespan.live}
+        lasting = [each for each in entered if each.scope is not None and each.resource in live]
+        late = [each for each in lasting if each not in used]
+        for override in late:
+            override.used = True  # so that its end does not say it again
+        for override in used:
+            if override.resource in live and override not in entered:
+                _fail(_told(_OVER, override, kind))
+        for override in late:
+            _fail(_told(_NOT_YET, override, kind))
 
     @contextmanager
     def told_once(self, test: str) -> Generator[None]:
@@ -368,6 +410,8 @@ def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
         kind = kind_for(request.node)
         with run.told_once(request.node.nodeid):
             run.asked = request.node, request.getfixturevalue(f"_lifekit_app_{kind}")
+        app: Any = run.asked[1]
+        run.check_overrides(kind, app[0] if kind == "sync" else app)
         request.node.addfinalizer(run.leave)  # after the place's own, which is added next
         made: Place = request.getfixturevalue(f"_lifekit_place_{kind}")
     run.placed = request.node, made

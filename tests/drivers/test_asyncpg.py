@@ -514,6 +514,8 @@ async def test_every_holder_has_its_line_in_a_fixed_order(pools: Pools) -> None:
         ),
         ((), {"host": ["a", "b"], "database": "shop"}, "postgresql://a,b/shop"),
         (("postgresql://shop@db/shop",), {"password": "hush"}, "postgresql://shop:***@db/shop"),
+        (("postgresql://db/shop",), {"password": "hush"}, "postgresql://:***@db/shop"),
+        ((), {"host": ["a", "b"], "port": [1, 2], "database": "x"}, "postgresql://a,b:1,2/x"),
         ((), {}, "the server that PGHOST names"),
         ((), {"password": "hush"}, "the server that PGHOST names"),
         (("postgresql://shop:hu#sh@db/shop",), {}, "a malformed DSN"),

@@ -269,6 +269,10 @@ async def test_describe_hides_the_password(engines: Engines) -> None:
     assert said.startswith("SQLAlchemy engine of up to 3 connections, postgresql+asyncpg://me:***@db.")
     assert "hunter" not in said
     assert "of up to" not in driver.describe(create_async_engine(url, poolclass=NullPool))
+    told = driver.describe(
+        create_async_engine(f"{url}&odbc_connect=UID%3Dme%3BPWD%3Dhunter4&host=/run")
+    )
+    assert told.endswith("/shop?host=%2Frun")
 
 
 async def test_what_may_pass_is_transient(engines: Engines, sessions: Sessions) -> None:

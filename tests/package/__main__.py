@@ -39,6 +39,9 @@ NOT_IN_THE_OLD = {
     "tests/sandbox/test_asyncpg.py::test_the_real_connection_killed_in_a_statement_of_a_transaction": (
         "a connection cut off in a transaction, given back: asyncpg before 0.32 loses its place"
     ),
+    "tests/sandbox/test_asyncpg_stateful.py::test_an_application_sees_the_same_as_in_production": (
+        "without a sandbox a statement after a cancelled one now and then raises CancelledError"
+    ),
     "tests/sandbox/test_redis_stateful.py::test_every_command[streams]": (
         "a reply of XINFO with names, by which the test knows times"
     ),

@@ -366,6 +366,28 @@ async def test_notices_of_statements_that_need_a_transaction(same: Any) -> None:
     assert len(await same(story)) == 5
 
 
+@pytest.mark.parametrize(
+    "queries",
+    [
+        ("BEGIN", "SELECT 1", "BEGIN ISOLATION LEVEL SERIALIZABLE"),
+        ("BEGIN", "VACUUM; BEGIN; COMMIT; COMMIT"),
+        ("BEGIN", "SELECT 1", "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; BEGIN; COMMIT; COMMIT"),
+    ],
+)
+async def test_notices_before_a_statement_that_comes_too_late(queries: Any, same: Any) -> None:
+    async def story(pool: Any) -> Any:
+        async with pool.acquire() as connection, connection.cursor() as cursor:
+            for query in queries:
+                with suppress(psycopg2.errors.ActiveSqlTransaction):
+                    await cursor.execute(query)
+            found = list(connection.notices)
+            with suppress(psycopg2.Error):
+                await cursor.execute("ROLLBACK")
+            return found
+
+    await same(story)
+
+
 async def test_a_cursor_whose_statement_was_not_sent(same: Any) -> None:
     """It has no rows to go to, and forgets what it was asked before."""
 

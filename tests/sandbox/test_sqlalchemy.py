@@ -35,6 +35,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, StaticPool
 from lifekit import Registry, SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
 from lifekit.drivers.sqlalchemy import driver
 from lifekit.embedded import Server
+from lifekit.sandbox.asyncpg import lane_of
 from lifekit.testing import sandboxing
 
 pytestmark = pytest.mark.anyio
@@ -703,6 +704,28 @@ async def test_two_transactions_of_one_task_that_both_write_are_told(opened: Ope
             with pytest.raises(SandboxBusyError) as caught:
                 await second.flush()
     assert str(caught.value).count("in test_two_transactions_of_one_task_that_both_write") == 2
+
+
+async def test_a_listener_that_fails_when_the_real_connection_closes(opened: Opens) -> None:
+    """Fails that block alone, and leaves nothing open."""
+    sandboxed = await opened()
+    broken: list[str] = []
+
+    def close(connection: Any, _: Any) -> None:
+        if lane_of(connection._connection) is None and not broken:
+            broken.append("here")
+            raise LookupError
+
+    event.listen(sandboxed.engine.sync_engine, "close", close)
+
+    async def make_type() -> None:
+        async with sandboxed.block(), sandboxed.engine.begin() as connection:
+            await connection.execute(text("CREATE TYPE mood AS ENUM ('fine')"))
+
+    with pytest.raises(LookupError):
+        await make_type()
+    assert broken == ["here"]
+    await make_type()
 
 
 # -- engines that have none --------------------------------------------------------------------------

@@ -534,19 +534,138 @@ def test_an_override_of_a_fixture_that_lasts_is_the_applications(
     inner.run(*ASYNCIO, conftest=conftest, test_it=SEEN).assert_outcomes(passed=2)
 
 
-def test_an_override_of_a_module_reaches_the_applications_of_modules(inner: Inner) -> None:
-    """And is refused where the application outlasts the module."""
-    conftest = OVERRIDDEN.format(scope="module", fixture="pytest.fixture", define="def")
-    code = SEEN.replace("def test_sync(sync_client, lifespan)", "def test_sync()").replace(
-        "test_sync(): assert lifespan[notes] is fake", "test_sync(): ..."
+def test_an_override_of_the_fixture_for_the_application_is_for_all_tests(inner: Inner) -> None:
+    conftest = OVERRIDDEN.format(scope="session", fixture="pytest.fixture", define="def").replace(
+        "def lifekit_app(): return app",
+        "def lifekit_app():\n        with registry.override(notes, fake):\n            yield app",
     )
-    inner.ini(asyncio_default_test_loop_scope="module", asyncio_default_fixture_loop_scope="module")
+    code = SEEN.replace('"lasting"', '"lifekit_app"')
     inner.run(*ASYNCIO, conftest=conftest, test_it=code).assert_outcomes(passed=2)
-    inner.ini(asyncio_default_test_loop_scope="session", asyncio_default_fixture_loop_scope="session")
-    code = code.replace(" is fake", " is not fake")
-    told = inner.run(*ASYNCIO, conftest=conftest, test_it=code)
+
+
+def loops(inner: Inner, scope: str) -> None:
+    inner.ini(asyncio_default_test_loop_scope=scope, asyncio_default_fixture_loop_scope=scope)
+
+
+@pytest.mark.parametrize("loop", ["function", "class", "module"])
+def test_an_override_of_a_module_reaches_the_applications_of_modules(inner: Inner, loop: str) -> None:
+    """And the next module has none of it, even if the application did not start with it."""
+    conftest = OVERRIDDEN.format(scope="module", fixture="pytest.fixture", define="def")
+    conftest += """
+    @pytest.fixture(scope="module")
+    def broken():
+        def factory(): raise ValueError("no such fake")
+        with registry.override(notes, factory=factory):
+            yield
+    """
+    code = """
+        import pytest
+        from conftest import fake
+        from tests.testing.plugin_cases.memory import notes
+
+        pytestmark = [pytest.mark.asyncio, {mark}]
+
+        async def test_async(lifespan): assert lifespan[notes] {operator} fake
+        """
+    loops(inner, loop)
+    told = inner.run(
+        *ASYNCIO,
+        conftest=conftest,
+        test_a=code.format(mark='pytest.mark.usefixtures("lasting")', operator="is"),
+        test_b=code.format(mark='pytest.mark.usefixtures("broken")', operator="is"),
+        test_c=code.format(mark="pytest.mark.filterwarnings('error')", operator="is not"),
+    )
     told.assert_outcomes(passed=2, errors=1)
-    told.stdout.fnmatch_lines("*OverrideError*this override changes nothing*")
+    told.stdout.fnmatch_lines("*ERROR*test_b*no such fake*")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("loop", ["session", "package"])
+def test_an_override_of_less_than_the_application_is_refused_at_each_test(
+    inner: Inner, loop: str, asynchronous: bool
+) -> None:
+    """Whatever loop it was made in, and with no second error at its end."""
+    fixture, define = "pytest.fixture", "def"
+    if asynchronous:
+        fixture, define = "pytest_asyncio.fixture", "async def"
+    loops(inner, loop)
+    conftest = OVERRIDDEN.format(scope="module", fixture=fixture, define=define)
+    told = inner.run(*ASYNCIO, conftest=conftest, test_it=SEEN)
+    told.assert_outcomes(errors=2)
+    told.stdout.fnmatch_lines('*notes (*memory.py:*) is open already*with scope "module"*')
+
+
+def test_an_override_that_begins_after_the_application_is_refused(inner: Inner) -> None:
+    conftest = OVERRIDDEN.format(scope="session", fixture="pytest.fixture", define="def")
+    first = """
+        def test_first(sync_client): ...
+        """
+    loops(inner, "session")
+    told = inner.run(*ASYNCIO, conftest=conftest, test_a=first, test_b=SEEN)
+    told.assert_outcomes(passed=2, errors=1)
+    told.stdout.fnmatch_lines("*ERROR*test_b*test_sync*")
+
+
+def test_an_override_that_is_over_is_not_used_any_more(inner: Inner) -> None:
+    conftest = OVERRIDDEN.format(scope="session", fixture="pytest.fixture", define="def")
+    conftest = conftest.replace(
+        'scope="session")\n    def lasting', 'scope="session", params="xy")\n    def lasting'
+    )
+    loops(inner, "session")
+    code = """
+        def test_with_each(lasting, sync_client): ...
+        """
+    told = inner.run(*ASYNCIO, conftest=conftest, test_it=code)
+    told.assert_outcomes(passed=1, errors=1)
+    told.stdout.fnmatch_lines("*: this override of notes (*memory.py:*) is over, and the application*")
+
+
+def test_an_override_of_another_thread_is_its_own(inner: Inner) -> None:
+    """Though a fixture that lasts is made meanwhile."""
+    conftest = """
+        import threading, pytest
+        from tests.testing.plugin_cases.memory import Notes, app, notes, registry
+
+        def run(begun, end):
+            with registry.override(notes, Notes()):
+                begun.set()
+                end.wait()
+
+        @pytest.fixture(scope="session", autouse=True)
+        def slow():
+            begun, end = threading.Event(), threading.Event()
+            thread = threading.Thread(target=run, args=(begun, end))
+            thread.start()
+            begun.wait()
+            yield
+            end.set()
+            thread.join()
+
+        @pytest.fixture(scope="session")
+        def lifekit_app(): return app
+        """
+    code = """
+        from lifekit._overrides import entered
+        from tests.testing.plugin_cases.memory import notes
+
+        def test_sync(sync_client, lifespan):
+            assert [lifespan[notes] is each.value for each in entered] == [False]
+        """
+    inner.run(conftest=conftest, test_it=code).assert_outcomes(passed=1)
+
+
+def test_the_innermost_override_wins_whoever_made_it(inner: Inner) -> None:
+    conftest = (
+        OVERRIDDEN.format(scope="module", fixture="pytest.fixture", define="def")
+        + """
+    def pytest_configure(config):
+        config.outer = registry.override(notes, Notes())
+        config.outer.__enter__()
+    """
+    )
+    code = SEEN.replace("def test_sync(sync_client, lifespan): assert lifespan[notes] is fake", "")
+    loops(inner, "function")
+    inner.run(*ASYNCIO, conftest=conftest, test_it=code).assert_outcomes(passed=1)
 
 
 def test_an_override_around_one_test_never_reaches_the_others(inner: Inner) -> None:
