@@ -483,7 +483,7 @@ PAINFUL = re.compile(
 """What in the texts of the pains is a message."""
 
 
-NOT_SAID_HERE = [
+NOT_SAID_HERE: list[str] = [
     *(["a different loop than the one specified"] if sys.version_info >= (3, 12) else []),
     *(["ResourceWarning: loop is closed"] if sys.version_info[:2] == (3, 12) else []),
 ]

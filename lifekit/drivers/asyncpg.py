@@ -140,7 +140,8 @@ def _server(pool: Any) -> str:
 
 
 def _listed(given: Any) -> str:
-    return ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    several = cast("list[object]", given) if isinstance(given, list | tuple) else [given]
+    return ",".join(map(str, several))
 
 
 driver: AsyncpgDriver = AsyncpgDriver()

@@ -1,5 +1,6 @@
 """An application whose lifespan is written by hand: two pools, opened and closed in one event loop."""
 
+# --8<-- [start:lifespan]
 import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -9,7 +10,6 @@ import redis.asyncio as redis
 from fastapi import FastAPI, Request
 
 
-# --8<-- [start:lifespan]
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
     async with AsyncExitStack() as stack:

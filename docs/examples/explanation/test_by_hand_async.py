@@ -1,5 +1,6 @@
 """Async tests of an application without lifekit: one event loop for fixtures and tests."""
 
+# --8<-- [start:async]
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -9,7 +10,6 @@ from httpx2 import ASGITransport, AsyncClient
 from .by_hand import app
 
 
-# --8<-- [start:async]
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def client() -> AsyncGenerator[AsyncClient]:
     async with app.router.lifespan_context(app):  # ASGITransport runs no lifespan

@@ -1,5 +1,6 @@
 """Sync tests of an application without lifekit: `with` gives them one event loop and the lifespan."""
 
+# --8<-- [start:sync]
 from collections.abc import Iterator
 
 import pytest
@@ -8,7 +9,6 @@ from starlette.testclient import TestClient
 from .by_hand import app
 
 
-# --8<-- [start:sync]
 @pytest.fixture(scope="session")
 def client() -> Iterator[TestClient]:
     with TestClient(app) as client:  # the lifespan runs, and one event loop serves all requests

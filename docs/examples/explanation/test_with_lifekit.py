@@ -1,10 +1,10 @@
 """Async and sync tests of it, in whatever event loops pytest-asyncio gives them."""
 
+# --8<-- [start:tests]
 import pytest
 from httpx2 import AsyncClient
 from starlette.testclient import TestClient
 
-# --8<-- [start:tests]
 
 
 @pytest.mark.asyncio

@@ -1,5 +1,6 @@
 """dishka builds what requests need, from what lifekit has opened."""
 
+# --8<-- [start:together]
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -18,7 +19,6 @@ def cache() -> redis.Redis:
     return testing.fake_redis(decode_responses=True)
 
 
-# --8<-- [start:together]
 class Greeter:
     def __init__(self, cache: redis.Redis) -> None:
         self.cache = cache
@@ -36,8 +36,10 @@ container = make_async_container(provider)
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
     async with registry.lifespan(app):
-        yield
-    await container.close()
+        try:
+            yield
+        finally:
+            await container.close()
 
 
 # --8<-- [end:together]

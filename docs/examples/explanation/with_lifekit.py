@@ -1,5 +1,6 @@
 """The same application with its pools declared."""
 
+# --8<-- [start:app]
 import os
 from typing import Annotated
 
@@ -9,7 +10,6 @@ from fastapi import Depends, FastAPI
 
 from lifekit import Registry
 
-# --8<-- [start:app]
 registry = Registry("shop")
 
 

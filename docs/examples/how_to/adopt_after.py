@@ -1,5 +1,6 @@
 """The same application, moved."""
 
+# --8<-- [start:after]
 import os
 from typing import Annotated
 
@@ -9,7 +10,6 @@ from fastapi import Depends, FastAPI
 
 from lifekit import Registry
 
-# --8<-- [start:after]
 registry = Registry("shop")
 
 

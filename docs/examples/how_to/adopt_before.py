@@ -1,5 +1,6 @@
 """An application as it was: pools made by startup handlers, found by way of app.state."""
 
+# --8<-- [start:before]
 import os
 
 import asyncpg
@@ -7,7 +8,6 @@ import redis.asyncio as redis
 from fastapi import FastAPI, Request
 
 
-# --8<-- [start:before]
 async def connect() -> None:
     app.state.db = await asyncpg.create_pool(os.environ["DATABASE_URL"])
     app.state.cache = redis.from_url(os.environ["REDIS_URL"])

@@ -1,5 +1,6 @@
 """The same application with a lifespan of its own, beside which lifekit's runs."""
 
+# --8<-- [start:lifespan]
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -20,7 +21,6 @@ def cache() -> redis.Redis:
     return redis.from_url(os.environ["REDIS_URL"])
 
 
-# --8<-- [start:lifespan]
 class State(TypedDict):
     db: asyncpg.Pool
 

@@ -1,5 +1,6 @@
 """An application that keeps orders in PostgreSQL and has them paid by somebody else's service."""
 
+# --8<-- [start:resources]
 import os
 from typing import Annotated
 
@@ -9,7 +10,6 @@ from fastapi import Depends, FastAPI, HTTPException
 
 from lifekit import Registry
 
-# --8<-- [start:resources]
 registry = Registry("checkout")
 
 

@@ -1,5 +1,6 @@
 """What the application, its worker and its command line are made of."""
 
+# --8<-- [start:registries]
 import os
 
 import asyncpg
@@ -7,7 +8,6 @@ import redis.asyncio as redis
 
 from lifekit import Registry
 
-# --8<-- [start:registries]
 store = Registry("store")
 
 

@@ -1,5 +1,6 @@
 """The application: it puts jobs into the queue."""
 
+# --8<-- [start:app]
 from typing import Annotated
 
 import redis.asyncio as redis
@@ -7,7 +8,6 @@ from fastapi import Depends, FastAPI
 
 from .jobs import jobs, queue
 
-# --8<-- [start:app]
 app = FastAPI(lifespan=jobs.lifespan)
 
 

@@ -1,5 +1,6 @@
 """An application on SQLAlchemy: one engine for each lifespan, one session for each request."""
 
+# --8<-- [start:model]
 import os
 from collections.abc import AsyncGenerator
 from typing import Annotated
@@ -12,7 +13,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from lifekit import Registry
 
 
-# --8<-- [start:model]
 class Base(DeclarativeBase): ...
 
 

@@ -1,11 +1,11 @@
 """A client of one's own, for a store of pages that is reached over TCP, and a server to try it on."""
 
+# --8<-- [start:client]
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 
-# --8<-- [start:client]
 class Pages:
     """Keeps pages by name, in a space: other clients of the server may use another one."""
 
@@ -29,7 +29,6 @@ class Pages:
     async def ping(self) -> None:
         await self._ask("PING")
 
-    # --8<-- [end:client]
     async def _ask(self, line: str) -> str:
         if self._streams is None or self._streams[1].is_closing():
             raise ConnectionError("this client is not connected")
@@ -38,6 +37,7 @@ class Pages:
             writer.write(f"{line}\n".encode())
             return (await reader.readline()).decode().strip()
 
+    # --8<-- [end:client]
     # --8<-- [start:closing]
     def close(self) -> None:
         if self._streams is not None:

@@ -1,12 +1,12 @@
 """The same client without a driver: the declaration says all."""
 
+# --8<-- [start:declared]
 import os
 
 from lifekit import Registry
 
 from .pages import Pages
 
-# --8<-- [start:declared]
 registry = Registry("site")
 
 

@@ -1,5 +1,6 @@
 """The tests of the checkout application: rolled back, and with one dependency mocked."""
 
+# --8<-- [start:rollback]
 from typing import Any
 
 import httpx2
@@ -11,7 +12,6 @@ from how_to import checkout
 from lifekit import Lifespan, testing
 
 
-# --8<-- [start:rollback]
 async def test_orders_are_listed(client: AsyncClient, lifespan: Lifespan) -> None:
     await lifespan[checkout.db].execute("INSERT INTO orders VALUES (300), (500)")
 

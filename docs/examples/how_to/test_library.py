@@ -1,5 +1,6 @@
 """The tests of the library application."""
 
+# --8<-- [start:tests]
 from httpx2 import AsyncClient
 from sqlalchemy import func, select
 
@@ -7,7 +8,6 @@ from how_to import library
 from lifekit import Lifespan
 
 
-# --8<-- [start:tests]
 async def test_an_added_book_is_listed(client: AsyncClient) -> None:
     await client.put("/books/Emma")
     await client.put("/books/Persuasion")
