@@ -330,10 +330,10 @@ _ESCAPED = (
     f"{ALONE}."
 )
 _LOCKED = (
-    "Another transaction has the lock and did not end within ten seconds: in the sandbox most likely that of "
-    "another pool in this test, which has a transaction of its own, or of another test process on the "
-    "same database that uses the same rows or unique keys. Let both go through one pool, or let each "
-    f"process make keys of its own; or run the test without a sandbox: {ALONE}."
+    "Another transaction has the lock and did not end within ten seconds: in the sandbox most likely "
+    "that of another pool in this test, which has a transaction of its own, or of another test process "
+    "on the same database that uses the same rows or unique keys. Let both go through one pool, or let "
+    f"each process make keys of its own; or run the test without a sandbox: {ALONE}."
 )
 _NEEDS_NONE = (
     "PostgreSQL runs this outside of transactions only, and in the sandbox all runs inside one. Run "

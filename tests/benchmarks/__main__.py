@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import contests, page, per_test, results
-from .access import get, request
+from .access import acquire, get, request
 from .footprint import imports, memory
 from .isolation import redis_isolation, sandbox, suites
 from .measure import Row, table
@@ -33,6 +33,7 @@ BENCHMARKS = {
     "many": Benchmark(many, partial(many, rounds=1, count=5)),
     "growth": Benchmark(growth, partial(growth, rounds=1, small=2, big=4)),
     "get": Benchmark(get, partial(get, rounds=1, times=10)),
+    "acquire": Benchmark(acquire, partial(acquire, rounds=1, times=1)),
     "sandbox": Benchmark(sandbox, partial(sandbox, rounds=1, times=1)),
     "redis": Benchmark(redis_isolation, partial(redis_isolation, rounds=1, times=1)),
     "suites": Benchmark(suites, partial(suites, rounds=1, tests=2)),

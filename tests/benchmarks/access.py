@@ -171,3 +171,40 @@ def get(*, rounds: int = 200, times: int = 10_000) -> list[Row]:
         ]
 
     return on("asyncio", measured)
+
+
+# -- through a pool that is watched ----------------------------------------------------------------
+
+
+def acquire(*, rounds: int = 100, times: int = 50) -> list[Row]:
+    """Compare a query through a pool in a lifespan with one through a pool that nobody watches."""
+    import asyncpg
+
+    from lifekit import embedded
+
+    async def queries(pool: Any) -> float:
+        began = perf_counter()
+        for _ in range(times):
+            async with pool.acquire() as connection:
+                await connection.fetchval("SELECT 1")
+        return (perf_counter() - began) / times
+
+    async def measured() -> list[Row]:
+        registry = Registry("acquires")
+        async with embedded.postgres() as server:
+
+            @registry.resource
+            def db() -> Any:
+                return asyncpg.create_pool(server.url, min_size=1)
+
+            async with (
+                registry.lifespan() as lifespan,
+                asyncpg.create_pool(server.url, min_size=1) as bare,
+            ):
+                floor, ours = await interleave(
+                    rounds, partial(queries, bare), partial(queries, lifespan[db])
+                )
+        what = "acquire, SELECT 1, release: in a pool nobody watches"
+        return [Row(what, min(floor), min(ours), paired_ratio(floor, ours), "us")]
+
+    return on("asyncio", measured)

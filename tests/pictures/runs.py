@@ -155,10 +155,10 @@ class Pool:
         self.times.setdefault(what, anyio.current_time())
 
     def close(self) -> None:
-        self.note("close")  # the idle ones are closed, and no more are lent
+        self.note("close")  # no more are lent
 
     async def wait_closed(self) -> None:
-        self.note("wait_closed")
+        self.note("wait_closed")  # the idle ones are closed
         try:
             await self.given_back.wait()
         finally:
@@ -175,9 +175,9 @@ def two_phases() -> str:
     return timeline(
         "two-phases",
         "A pool is closed in two phases",
-        "With close() the pool refuses new work and closes what is idle. wait_closed() lasts until the "
-        f"lent connection is given back; if that takes longer than the deadline, {CLOSE_TIMEOUT:.0f} "
-        "seconds here, terminate() cuts it off.",
+        "With close() a pool of aiopg refuses new work. wait_closed() closes what is idle, and lasts "
+        "until the lent connection is given back; if that takes longer than the deadline, "
+        f"{CLOSE_TIMEOUT:.0f} seconds here, terminate() cuts it off.",
         [
             Panel("The lent connection is given back in time", _phases(early)),
             Panel(f"It is not: the deadline is {CLOSE_TIMEOUT:.0f} s here", _phases(late)),
@@ -220,7 +220,7 @@ def _phases(times: Mapping[str, float]) -> tuple[Row, ...]:
     cut_off = "terminate" in times
     rows = [
         Row("new work", (Bar(0, close),), "is refused"),
-        Row("idle", (Bar(0, close),), "are closed"),
+        Row("idle", (Bar(0, times["wait_closed"]),), "are closed"),
         Row("lent", (Bar(0, end),), "is cut off" if cut_off else "is closed"),
         Row("close()", (Bar(close, times["wait_closed"], strong=True),)),
         Row("wait_closed()", (Bar(times["wait_closed"], times["waited"], strong=True),)),

@@ -6,7 +6,6 @@ from httpx2 import AsyncClient
 from starlette.testclient import TestClient
 
 
-
 @pytest.mark.asyncio
 async def test_one(client: AsyncClient) -> None:
     assert (await client.get("/one")).json() == 1
