@@ -92,6 +92,40 @@ async def run_in_a_loop(_: Servers) -> None:
 
 
 @program
+async def a_runner_in_a_loop(_: Servers) -> None:
+    work = asyncio.sleep(0)
+    try:
+        asyncio.Runner().run(work)
+    finally:
+        work.close()
+
+
+@program
+async def another_loop_in_a_loop(_: Servers) -> None:
+    other, work = asyncio.new_event_loop(), asyncio.sleep(0)
+    try:
+        other.run_until_complete(work)
+    finally:
+        work.close()
+        other.close()
+
+
+@program
+async def a_lock_of_another_loop(_: Servers) -> None:
+    lock = asyncio.Lock()
+
+    async def compete() -> None:
+        async with lock:
+            waiting = asyncio.ensure_future(lock.acquire())
+            await asyncio.sleep(0)
+            waiting.cancel()
+
+    await asyncio.to_thread(asyncio.run, compete())
+    async with lock:
+        await lock.acquire()
+
+
+@program
 async def run_until_complete_in_a_loop(_: Servers) -> None:
     asyncio.get_running_loop().run_until_complete(asyncio.get_running_loop().create_future())
 
@@ -118,6 +152,14 @@ async def closed_without_await(servers: Servers) -> str:
 
 
 # -- asyncpg -------------------------------------------------------------------------------------
+
+
+@program
+async def a_statement_of_a_closed_connection(servers: Servers) -> None:
+    connection = await asyncpg.connect(servers.postgres)
+    statement = await connection.prepare("SELECT 1")
+    await connection.close()
+    await statement.fetch()
 
 
 @program
@@ -429,18 +471,30 @@ def test_asks(db): ...
 
 def pytest_without_a_plugin(folder: Path) -> str:
     """Return what pytest says of async tests that nothing runs."""
+    return _pytest(folder)
+
+
+def pytest_asyncio_without_a_setting(folder: Path) -> str:
+    """Return what pytest-asyncio says when no scope is set."""
+    return _pytest(folder, "-p", "pytest_asyncio.plugin", "-W", "default")
+
+
+def _pytest(folder: Path, *options: str) -> str:
     (folder / "test_suite.py").write_text(SUITE, "utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     told = subprocess.run(
-        [*command, "test_suite.py"],
+        [*command, *options, "test_suite.py"],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    return told.stdout
+    return told.stdout + told.stderr
+
+
+SUITES = [pytest_without_a_plugin, pytest_asyncio_without_a_setting]
 
 
 # -- the page ------------------------------------------------------------------------------------
@@ -464,7 +518,7 @@ def said(postgres: Server, valkey: Server, tmp_path_factory: pytest.TempPathFact
     servers = Servers(postgres.url, valkey.url)
     told = {each.__name__: _says(each, servers) for each in PROGRAMS}
     folder = tmp_path_factory.mktemp("suite")
-    return {**told, "pytest_without_a_plugin": plain(pytest_without_a_plugin(folder))}
+    return told | {each.__name__: plain(each(folder)) for each in SUITES}
 
 
 def _messages() -> list[str]:
@@ -494,7 +548,7 @@ def _is_a_pain(message: str) -> bool:
     return any(all(part in text for part in words(message)) for text in texts)
 
 
-@pytest.mark.parametrize("name", [*(each.__name__ for each in PROGRAMS), "pytest_without_a_plugin"])
+@pytest.mark.parametrize("name", [each.__name__ for each in (*PROGRAMS, *SUITES)])
 def test_what_a_program_says_is_on_the_page(name: str, said: dict[str, str]) -> None:
     assert any(pattern(message).search(said[name]) for message in _messages()), said[name]
 
