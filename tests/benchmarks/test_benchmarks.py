@@ -17,6 +17,7 @@ BARRED = {
     "many": "idle resources: parked tasks, an event each (asyncio)",
     "growth": "each resource, 2 -> 4 (asyncio, gc on)",
     "get": "handle.get(): an attribute",
+    "acquire": "acquire, SELECT 1, release",
     "import": "import lifekit",
     "memory": "memory of a live resource",
     "request": "request with Depends(handle)",
