@@ -35,8 +35,8 @@ class Override:
     location: str
     value: Any = MISSING
     used: bool = False
-    scope: str | None = None
-    """Of the pytest fixture that made it, if it outlasts a test."""
+    fixture: Any = None
+    """The pytest fixture that made it, if that outlasts a test."""
 
 
 Overrides = Mapping[Resource[Any], Override]

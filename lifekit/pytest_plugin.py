@@ -125,9 +125,8 @@ def pytest_fixture_setup(
     before = _entered_here()
     made = yield
     for override in _entered_here() - before:
-        override.scope = (
-            override.scope or fixturedef.scope
-        )  # that of a fixture it asked for, else its own
+        if override.fixture is None:  # else it is that of one that this asked for
+            override.fixture = fixturedef
     return made
 
 

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import sys
 import unittest
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
@@ -128,14 +128,17 @@ def _overrides_for(kind: str) -> tuple[Override, ...]:
     """Return those that last as long as the application: one test's must not serve the others."""
     scope = _scope_of(kind)
     here = overrides.get() if scope == "function" else ()
+    enough = SCOPES[SCOPES.index(scope) :]
     return tuple(
-        each for each in entered if each in here or each.scope in SCOPES[SCOPES.index(scope) :]
+        each
+        for each in [*entered]  # which other threads may change
+        if each in here or (each.fixture is not None and each.fixture.scope in enough)
     )
 
 
 def _told(text: str, override: Override, kind: str) -> str:
     name, declared = override.resource.name, override.resource.location
-    scopes = {"scope": _scope_of(kind), "fixture": override.scope}
+    scopes = {"scope": _scope_of(kind), "fixture": getattr(override.fixture, "scope", "")}
     return f"{override.location}: {text.format(name=name, declared=declared, **scopes)}"
 
 
@@ -310,12 +313,12 @@ class Run:
         for registry in registries:
             self._left += registry.running.get(loop, ())
 
-    def check_overrides(self, kind: str, served: Running) -> None:
-        """Refuse an application that runs without an override that lasts, or with one that is over."""
+    def check_overrides(self, kind: str, served: Running, fixtures: Collection[str]) -> None:
+        """Refuse an application without an override of these fixtures, or with one that is over."""
         used = self._used[served]
         live = {resource for lifespan in served.lifespans for resource in lifespan.live}
-        lasting = [each for each in entered if each.scope is not None and each.resource in live]
-        late = [each for each in lasting if each not in used]
+        asked = [each for each in [*entered] if getattr(each.fixture, "argname", None) in fixtures]
+        late = [each for each in asked if each.resource in live and each not in used]
         for override in late:
             override.used = True  # so that its end does not say it again
         for override in used:
@@ -411,7 +414,7 @@ def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
         with run.told_once(request.node.nodeid):
             run.asked = request.node, request.getfixturevalue(f"_lifekit_app_{kind}")
         app: Any = run.asked[1]
-        run.check_overrides(kind, app[0] if kind == "sync" else app)
+        run.check_overrides(kind, app[0] if kind == "sync" else app, request.fixturenames)
         request.node.addfinalizer(run.leave)  # after the place's own, which is added next
         made: Place = request.getfixturevalue(f"_lifekit_place_{kind}")
     run.placed = request.node, made

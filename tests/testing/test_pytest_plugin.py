@@ -606,6 +606,26 @@ def test_an_override_that_begins_after_the_application_is_refused(inner: Inner) 
     told.stdout.fnmatch_lines("*ERROR*test_b*test_sync*")
 
 
+def test_an_override_that_a_test_does_not_ask_for_is_not_missed(inner: Inner) -> None:
+    """Though another test asked for it, with a client of its own, and it lasts."""
+    conftest = OVERRIDDEN.format(scope="session", fixture="pytest.fixture", define="def")
+    code = """
+        from conftest import fake
+        from starlette.testclient import TestClient
+        from lifekit import testing
+        from tests.testing.plugin_cases.memory import app, notes
+
+        def test_first(sync_client): ...
+
+        def test_own(lasting):
+            with TestClient(app) as client:
+                assert client.app_state["notes"] is fake
+
+        def test_last(lifespan): assert lifespan[notes] is not fake
+        """
+    inner.run(*ASYNCIO, conftest=conftest, test_it=code).assert_outcomes(passed=3)
+
+
 def test_an_override_that_is_over_is_not_used_any_more(inner: Inner) -> None:
     conftest = OVERRIDDEN.format(scope="session", fixture="pytest.fixture", define="def")
     conftest = conftest.replace(
