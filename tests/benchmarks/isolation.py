@@ -236,13 +236,11 @@ def suites(*, rounds: int = 9, tests: int = 200) -> list[Row]:
         urls = {"DATABASE_URL": postgres.url, "REDIS_URL": valkey.url}
         run = partial(suite_seconds, urls, tests=tests)
         ours, session = list[float](), list[float]()
-        turns = [
-            lambda: ours.append(run(PLUGIN)),
-            lambda: session.append(run(BY_HAND + SESSION_SCOPED)),
-        ]
-        for number in range(rounds):  # who comes first finds the machine in another state
-            for turn in turns[:: -1 if number % 2 else 1]:
-                turn()
+        turns = [(ours, PLUGIN), (session, BY_HAND + SESSION_SCOPED)]
+        for _ in range(rounds):
+            for took, conftest in turns:
+                took.append(run(conftest))
+            turns.reverse()  # who comes first finds the machine in another state
         slowest = run(BY_HAND + FUNCTION_SCOPED, scope="function")
         two = [run(PLUGIN, "-n", "2") for _ in range(min(rounds, 3))]
     fastest = min(ours)
