@@ -5,7 +5,10 @@ ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
-PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --no-input
+PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
+SILENT := --quiet --quiet
+# uv reads no pip.conf: where that says how to reach an index, pip itself installs.
+PIP_KNOWS_MORE := '\.(index-url|no-index|proxy|trusted-host|client-cert)='
 
 .PHONY: help
 help:
@@ -14,15 +17,17 @@ help:
 
 # -- what it does --------------------------------------------------------------------------------
 
-.PHONY: demo run test test-long test-package test-pythons test-lowest
-.PHONY: lint format types bench bench-page docs docs-serve pictures test-site build
+.PHONY: demo run test test-long test-package test-pythons test-lowest test-newest
+.PHONY: fuzz lint format types bench bench-page docs docs-serve pictures test-site build
 demo: $(READY)  ## Run the example application: real servers, some requests, how it started and stopped
+	@echo "Starting PostgreSQL, Valkey and the example: a few seconds."
 	@cd docs/examples && ../../$(BIN)/python -m shortener.demo
 
 run: $(READY)  ## Serve the example application until Ctrl-C
 	@cd docs/examples && ../../$(BIN)/python -m shortener.demo --stay
 
 test: $(READY)  ## Run the tests; ARGS goes to pytest: make test ARGS="-k example -x"
+	@$(if $(ARGS),,echo "Running more than 4000 tests in two processes: about three minutes on two idle cores.")
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-long: $(READY)  ## Run the tests that take minutes
@@ -36,6 +41,12 @@ test-pythons: $(READY)  ## Run the tests on each supported Python that is instal
 
 test-lowest: $(READY)  ## Run the tests with the oldest versions of all that is needed
 	@$(BIN)/python -m tests.package lowest $(ARGS)
+
+test-newest: $(READY)  ## Run the tests with the newest versions of all, whatever constraints.txt says
+	@$(BIN)/python -m tests.package newest $(ARGS)
+
+fuzz: $(READY)  ## Say random bytes to the gateway for a minute; ARGS="--seconds 3600" for longer
+	@$(BIN)/python -m tests.sandbox.postgres.fuzz $(ARGS)
 
 test-site: $(READY)  ## Read the documentation in Chromium, which Debian has as a package
 	@$(BIN)/python -m pytest -m browser $(ARGS) tests/test_site.py
@@ -80,17 +91,20 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "lifekit needs Python 3.11 or later, which '$(PYTHON)' is not." \
 			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "Setting up .venv, which takes a minute ..."
+	@echo "Setting up .venv, once: about half a minute."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]' || { \
-		echo "pip failed. It says more by itself: $(BIN)/pip install -c constraints.txt -e '.[dev]'" >&2; \
-		exit 1; }
+	@echo "Installing Python packages from PyPI ..."
+	@{ ! $(BIN)/python -m pip config list | grep -Eq $(PIP_KNOWS_MORE) \
+		&& $(BIN)/python $(PIP_INSTALL) $(SILENT) -c constraints.txt uv \
+		&& $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; } 2>/dev/null || { \
+		echo "Now with pip, which takes about two minutes:"; \
+		$(BIN)/python $(PIP_INSTALL) --progress-bar off -c constraints.txt -e '.[dev]'; }
 	@touch $@
 
 .PHONY: constraints clean
 constraints:  ## Pin anew what the development environment consists of
 	@rm -rf build/fresh && $(PYTHON) -m venv build/fresh
-	@build/fresh/bin/python $(PIP_INSTALL) '.[dev]'
+	@build/fresh/bin/python $(PIP_INSTALL) $(SILENT) '.[dev]'
 	@{ grep '^#' constraints.txt; build/fresh/bin/python -m pip freeze | grep -v '^lifekit '; } \
 		> build/pins
 	@mv build/pins constraints.txt && rm -rf build/fresh

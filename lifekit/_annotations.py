@@ -30,6 +30,32 @@ class Unclear(Exception):
     """The annotation of a factory names no one class."""
 
 
+def annotations_of(thing: Any) -> Mapping[str, Any]:
+    """Return the annotations of a function or a class; as text what names something undefined.
+
+    Python 3.14 evaluates annotations when they are asked for, so that a name which is imported for
+    type checkers only would be a NameError there.
+    """
+    if not callable(thing):
+        return {}
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        found = inspect.get_annotations(thing, format=Format.FORWARDREF)
+        if any(map(_is_undefined, found.values())):
+            texts = inspect.get_annotations(thing, format=Format.STRING)
+            found.update((name, texts[name]) for name in found if _is_undefined(found[name]))
+        return found
+    return inspect.get_annotations(thing)
+
+
+def _is_undefined(annotation: object) -> bool:
+    # The parameters of a Callable are a list.
+    listed = isinstance(annotation, list)
+    parts = cast("list[object]", annotation) if listed else typing.get_args(annotation)
+    return isinstance(annotation, typing.ForwardRef) or any(map(_is_undefined, parts))
+
+
 def value_type(factory: Any) -> type:
     """Return the class of the value that *factory* says it makes.
 
@@ -42,7 +68,7 @@ def value_type(factory: Any) -> type:
         annotation: object = factory
     else:
         function = inspect.unwrap(factory if inspect.isroutine(factory) else type(factory).__call__)
-        raw = getattr(function, "__annotations__", {}).get("return", inspect.Parameter.empty)
+        raw = annotations_of(function).get("return", inspect.Parameter.empty)
         if raw is inspect.Parameter.empty:
             raise Unclear("has no return annotation")
         try:
@@ -92,7 +118,7 @@ def entered_as(annotation: object, enter: str) -> object:
 def return_of(function: Any, owner: type | None) -> object:
     """Return what a function, found in *owner*, is annotated to return, or UNKNOWN."""
     function = inspect.unwrap(function)
-    raw = getattr(function, "__annotations__", {}).get("return", UNKNOWN)
+    raw = annotations_of(function).get("return", UNKNOWN)
     return resolve_if_possible(raw, getattr(function, "__globals__", {}), owner)
 
 
@@ -132,7 +158,9 @@ class _Bare(ast.NodeTransformer):
         try:
             eval(ast.unparse(node), dict(self._names))
         except Exception:
-            return node.value
+            kind = eval(ast.unparse(node.value), dict(self._names))
+            wraps = (typing.get_origin(kind) or kind) in {*AWAITED, *YIELDED, *ENTERED}
+            return node if wraps else node.value  # without its parameter it would tell something else
         return node
 
 

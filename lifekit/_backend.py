@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import types
 from collections.abc import Callable, Coroutine, Generator
-from contextvars import Context, copy_context
-from typing import Any, NamedTuple
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, NamedTuple, cast
 
 import anyio
 
@@ -32,7 +33,10 @@ def clock() -> Callable[[], float]:
 
 
 def spawn(
-    coroutine: Coroutine[Any, Any, None], name: str, never_ran: Callable[[], None] | None = None
+    coroutine: Coroutine[Any, Any, None],
+    name: str,
+    never_ran: Callable[[], None] | None = None,
+    context: Context | None = None,
 ) -> object:
     """Run *coroutine* in a task that no scope of the caller encloses; it must not raise.
 
@@ -41,14 +45,119 @@ def spawn(
     """
     loop = asyncio._get_running_loop()
     if loop is not None:
-        task = loop.create_task(coroutine, name=name)
+        # Not by loop.create_task(): a task factory may run the first steps inside of this call, as
+        # asyncio.eager_task_factory does, or fail.
+        task = asyncio.Task(coroutine, loop=loop, name=name, context=context)
         if never_ran is not None:
             # What runs here swallows its cancellations, so that a cancelled task is one that never ran.
             task.add_done_callback(lambda task: never_ran() if task.cancelled() else None)
         return task
     from trio import lowlevel
 
-    return lowlevel.spawn_system_task(lambda: coroutine, name=name, context=copy_context())
+    return lowlevel.spawn_system_task(
+        lambda: coroutine, name=name, context=copy_context() if context is None else context
+    )
+
+
+def conceal(task: object) -> None:
+    """Keep a task of asyncio's from being cancelled by whoever cancels `asyncio.all_tasks()`.
+
+    Runners do that when they end. Who waits for the task must be among those, and stand it.
+    """
+    if isinstance(task, asyncio.Task):
+        asyncio._unregister_task(task)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def reveal(task: object) -> None:
+    """Undo `conceal`."""
+    if isinstance(task, asyncio.Task):
+        asyncio._register_task(task)  # pyright: ignore[reportUnknownArgumentType]
+
+
+sheltered: ContextVar[bool] = ContextVar("lifekit.sheltered", default=False)
+"""Whether this code closes something: then the tasks that it makes are concealed as well."""
+_shelters: dict[asyncio.AbstractEventLoop, _Shelter] = {}
+
+
+def _plain_task(loop: Any, coroutine: Any, **options: Any) -> object:
+    task: object = asyncio.Task(coroutine, loop=loop, **options)
+    return task
+
+
+class _Shelter:
+    # Many a closing makes tasks of its own: asyncpg's pool gathers those that close its connections.
+    # All tasks but lifekit's own come from the loop's task factory.
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.users = 0
+        self._loop, self._factory = loop, loop.get_task_factory()
+        self._concealed: list[object] = []
+        loop.set_task_factory(cast("Any", self))
+
+    def __call__(
+        self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any
+    ) -> object:
+        factory: Any = self._factory or _plain_task
+        task: object = factory(loop, coroutine, **options)
+        if sheltered.get():
+            conceal(task)
+            self._concealed.append(task)
+        return task
+
+    def end(self) -> None:
+        if self._loop.get_task_factory() is cast("Any", self):
+            self._loop.set_task_factory(self._factory)
+        for task in self._concealed:
+            if not cast("Any", task).done():
+                reveal(task)
+
+
+def shelter() -> Callable[[], None]:
+    """Conceal the tasks that are made where `sheltered` is set, until what is returned is called."""
+    loop = asyncio._get_running_loop()
+    if loop is None:
+        return lambda: None
+    if loop not in _shelters:
+        _shelters[loop] = _Shelter(loop)
+    _shelters[loop].users += 1
+
+    def leave() -> None:
+        found = _shelters[loop]
+        found.users -= 1
+        if not found.users:
+            _shelters.pop(loop).end()
+
+    return leave
+
+
+def uncancel(task: object) -> None:
+    """Take a cancellation back that a task of asyncio's has swallowed."""
+    if isinstance(task, asyncio.Task):
+        task.uncancel()
+
+
+@types.coroutine
+def each_step(
+    coroutine: Coroutine[Any, Any, None], begins: Callable[[], None], ended: Callable[[], object]
+) -> Generator[Any, Any, None]:
+    """Run *coroutine*, and tell of its steps, during each of which nothing else can run."""
+    step: Callable[[Any], Any] = coroutine.send
+    given: Any = None
+    while True:
+        begins()
+        try:
+            awaited = step(given)
+        except StopIteration:
+            return
+        except GeneratorExit as error:
+            if isinstance(given, GeneratorExit):  # the loop was closed
+                raise
+            raise RuntimeError("GeneratorExit was raised by what is not being closed") from error
+        finally:
+            ended()
+        try:
+            step, given = coroutine.send, (yield awaited)
+        except BaseException as error:
+            step, given = coroutine.throw, error
 
 
 async def sit_out(done: anyio.Event) -> BaseException | None:
@@ -114,7 +223,7 @@ async def undisturbed(coroutine: Coroutine[Any, Any, object], limit: TimeLimit) 
                     raise
                 error = raised
         return Outcome(error, not limit.scope.cancelled_caught, None)
-    task = loop.create_task(coroutine)
+    task: asyncio.Task[object] = asyncio.Task(coroutine, loop=loop)
     limit.watch(loop, task)
     interrupt: BaseException | None = None
     kept = Kept(task)

@@ -1,30 +1,52 @@
 """How a factory's result becomes an open value, and how that value is closed.
 
 What a declaration says wins, then the driver of the value's type, then the protocols that the
-value itself has. A generator and an entered context manager carry their own closing.
+value itself has. A generator and an entered context manager carry their own closing. What an async
+function returns is open already, and what a resource has from another one is closed by that one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
+import subprocess
+import threading
+import warnings
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Sequence,
+)
 from functools import partial
+from pathlib import PurePath
+from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 from . import drivers
 from ._errors import DeclarationError, LifekitError, Phase, note_once, summary
+from ._factory import signature_of
 from ._redact import redact
 from ._resource import Resource, Step
 
 Call = Callable[[], object]
 MADE_BY_CONTEXTLIB = (contextlib.AsyncContextDecorator, contextlib.ContextDecorator)
+OTHER_CLOSINGS = ("dispose", "shutdown", "stop", "disconnect", "cleanup")
+"""What packages call their closing where it is none of the usual names; the first one wins."""
+SECONDS = {"grace", "grace_period", "seconds", "timeout"}
+"""Parameters by which such a method is given the seconds that it may take."""
 
 
 class Live:
     """One value on its way from its factory to its closing. Opened, checked, closed once each."""
 
     __slots__ = (
+        "_gateway",
         "driver",
         "entered",
         "flaw",
@@ -42,6 +64,7 @@ class Live:
         self.value: Any = None
         self.driver: drivers.Driver[Any] | None = None
         self.sandbox: drivers.Sandbox | None = None
+        self._gateway: drivers.Gateway | None = None
         self.is_made = False
         self.is_open = False
         self.entered = False
@@ -49,29 +72,51 @@ class Live:
         self.terminate: Call | None = None
         self.flaw: DeclarationError | None = None
 
-    async def open(self, needs: Sequence[Any], *, sandboxed: bool = False) -> None:
-        """Call the factory with the live values of *needs* and open what it returns."""
+    async def open(
+        self,
+        needs: Sequence[Any],
+        others: Collection[Any],
+        gateway: drivers.Gateway | None = None,
+    ) -> None:
+        """Call the factory with the live values of *needs* and open what it returns.
+
+        *others* are the values that other resources own. *gateway* is there in test mode.
+        """
+        self._gateway = gateway
         made: Any = self.resource.factory(*needs)
+        awaited = False
         while _is(made, Coroutine):  # an async function may return a driver's own coroutine
-            made = await made
-        if inspect.isasyncgen(made):
-            self._carries_its_closing(await self._first(made), partial(self._finish, made))
+            made, awaited = await made, True
+        if made is not None and _is_among(made, others):
+            self._borrow(made)
+        elif inspect.isasyncgen(made):
+            await self._carries_its_closing(await self._first(made), partial(self._finish, made))
         elif inspect.isgenerator(made):
-            self._carries_its_closing(self._first_sync(made), partial(self._finish_sync, made))
+            await self._carries_its_closing(self._first_sync(made), partial(self._finish_sync, made))
         elif _is(made, MADE_BY_CONTEXTLIB):
             await self._enter(made)
         else:
             if made is None:
                 self._refuse_none()
-            await self._open_value(made)
+            plain = _is_plain(made)
+            await self._open_value(made, is_open=awaited, is_plain=plain)
+            if not (self.steps or self.flaw):
+                self._warn_if_it_stays_open(others, is_plain=plain)
         self.is_open = True
-        if sandboxed and self.driver is not None:
+        if gateway is not None and self.driver is not None:
             self._prepare_sandbox(self.driver)
 
     @property
     def closes(self) -> bool:
         """Whether there is anything to do for its end."""
         return bool(self.steps or self.terminate)
+
+    @property
+    def checks(self) -> bool:
+        """Whether there is anything to check."""
+        return (
+            self.driver is not None or self.flaw is not None or self.resource.options.check is not None
+        )
 
     async def check(self) -> None:
         """Raise unless the open value works, as its declaration or else its driver checks it."""
@@ -126,8 +171,15 @@ class Live:
                 f"Is `return` missing? Else say that there may be none: -> {kind.__name__} | None.",
             )
 
-    async def _open_value(self, value: Any) -> None:
+    def _borrow(self, value: Any) -> None:
+        self.value, self.is_made = value, True
+        self.steps = self._declared_steps()
+        if (declared := self.resource.options.terminate) is not None:
+            self.terminate = self._flawless("terminate", declared)
+
+    async def _open_value(self, value: Any, *, is_open: bool, is_plain: bool) -> None:
         self._take(value)
+        await self._redirect()
         self.steps = self._declared_steps()
         if self.driver is not None:
             if not self.steps:
@@ -136,19 +188,50 @@ class Live:
                     ("wait_closed", partial(self._driven, "wait_closed")),
                 )
             self.value = await self._named(self.driver.open, value)
-        elif not self.steps:
-            await self._by_protocol(value)
+        elif _is(value, asyncio.Task):
+            self.steps = self.steps or (
+                ("close", value.cancel),
+                ("wait_closed", partial(_ended, value)),
+            )
+        elif not (self.steps or is_plain):
+            await self._by_protocol(value, is_open=is_open)
 
-    async def _by_protocol(self, value: Any) -> None:
-        if _is_entered(value):
-            await self._enter(value)
-            return
+    async def _by_protocol(self, value: Any, *, is_open: bool) -> None:
         two_phases = _has(value, "close") and _has(value, "wait_closed")
-        close = "close" if two_phases or not _has(value, "aclose") else "aclose"
-        phases: tuple[tuple[Phase, str], ...] = (("close", close), ("wait_closed", "wait_closed"))
-        for phase, name in phases[: 1 + two_phases]:
-            if (method := self._method(name)) is not None:
-                self.steps = (*self.steps, (phase, method))
+        names = ("close", "wait_closed") if two_phases else ("aclose",)
+        if not _has(value, names[0]):
+            if not is_open and _is_entered(value, "__aenter__", "__aexit__"):
+                await self._enter(value)
+                return
+            names = ("close",)
+        if _has(value, names[0]):
+            phases: tuple[Phase, ...] = ("close", "wait_closed")
+            for phase, name in zip(phases, names, strict=False):
+                if (method := self._method(name)) is not None:
+                    self.steps = (*self.steps, (phase, method))
+        elif not is_open and _is_entered(value, "__enter__", "__exit__"):
+            await self._enter(value)
+        elif (close := self._other_closing(value)) is not None:
+            self.steps = (("close", close),)
+
+    def _other_closing(self, value: Any) -> Call | None:
+        for name in OTHER_CLOSINGS:
+            method = getattr(value, name) if _has(value, name) else None
+            if method is None or not callable(method):
+                continue
+            if _takes_nothing(method):
+                return method  # type: ignore[no-any-return]
+            if (parameter := _only_parameter(method)) in SECONDS:
+                # Half of its time: what comes after those seconds needs some, too.
+                seconds = min(self._close_timeout() / 2, 3600.0)
+                return partial(method, **{parameter: seconds})
+        if (leave := _exit_of(value)) is not None:  # it is open already, however that was done
+            return partial(leave, value, None, None, None)
+        return None
+
+    def _close_timeout(self) -> float:
+        declared = self.resource.options.close_timeout
+        return self.resource.registry.close_timeout if declared is None else declared
 
     async def _enter(self, manager: Any) -> None:
         kind = cast("Any", type(manager))
@@ -158,10 +241,28 @@ class Live:
         else:
             value = kind.__enter__(manager)
             leave = partial(kind.__exit__, manager, None, None, None)
-        self._carries_its_closing(value, leave)
+        if value is None and not _is(manager, MADE_BY_CONTEXTLIB):
+            value = manager  # many an __aenter__ returns nothing
+        await self._carries_its_closing(value, leave)
+
+    def _warn_if_it_stays_open(self, others: Collection[Any], *, is_plain: bool) -> None:
+        if (what := _left_open(self.value, others, is_plain=is_plain)) is not None:
+            warnings.warn(
+                f"{self.resource.name} ({self.resource.location}) would stay open when its lifespan "
+                f"ends: lifekit does not know how to close {what}. Say it, close=lambda value: …, or "
+                "yield the value and close it after the yield. Where nothing is to be closed: "
+                "close=lambda value: None.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    async def _redirect(self) -> None:
+        if self._gateway is not None and self.driver is not None:
+            self.sandbox = self.driver.redirect(self.value, self._gateway)
+            await self._named(self.driver.reconnect, self.value)
 
     def _prepare_sandbox(self, driver: drivers.Driver[Any]) -> None:
-        self.sandbox = sandbox = driver.sandbox(self.value)
+        self.sandbox = sandbox = driver.sandbox(self.value) or self.sandbox
         if sandbox is not None:
             self.steps = (("close", sandbox.close), *self.steps)
             terminate = self.terminate
@@ -172,8 +273,9 @@ class Live:
 
             self.terminate = cut_both_off
 
-    def _carries_its_closing(self, value: Any, leave: Call) -> None:
+    async def _carries_its_closing(self, value: Any, leave: Call) -> None:
         self._take(value)
+        await self._redirect()
         if self.driver is not None:
             self.driver.watch(value)
         self.entered = True
@@ -285,6 +387,41 @@ _NEVER = ("a factory that yields nothing", "Yield the value once.")
 _TWICE = ("a factory that yields twice", "Yield once: what follows the yield is the closing.")
 
 
+def reached_in(frames: Iterable[FrameType], needs: Sequence[Any]) -> str:
+    """Return what code that hangs in *frames* was to reach, with no password; '' if it can't be told.
+
+    *needs* are the values of other resources, at hand there as well.
+    """
+    address = ""
+    for frame in frames:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "lifekit":
+            continue
+        found = frame.f_locals
+        for value in [*found.values()]:
+            if _is_among(value, needs):
+                continue
+            with contextlib.suppress(Exception):
+                if (driver := drivers.find(value)) is not None:
+                    return redact(driver.describe(value))
+        # What asyncio, and most drivers on it, call the server that they connect to.
+        # A host beside a URL may be no more than a default.
+        urls = [found.get(name) for name in ("url", "uri", "dsn", "conninfo")]
+        match found.get("addr", found.get("address", (found.get("host"), found.get("port")))):
+            case _ if url := next((each for each in urls if type(each) is str and "://" in each), ""):
+                address = redact(url).partition("?")[0]
+            case (str(host), int(port), *_):
+                address = f"{host}:{port}"
+            case _ if "host" in (params := _mapping(found.get("params"))):  # psycopg's
+                address = f"{params['host']}:{params.get('port', '')}"
+            case _:
+                pass
+    return address
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if type(value) is dict else {}
+
+
 async def settle(result: object) -> object:
     """Return what a step gave, awaited if it must be."""
     return await cast("Awaitable[object]", result) if _is(result, Awaitable) else result
@@ -295,20 +432,83 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind)
 
 
-def _is_entered(value: object) -> bool:
-    # Of the ways to close a value, that of an async context manager comes behind `aclose` and
-    # before `close`; a sync one comes last.
-    if _has(value, "aclose") or (_has(value, "close") and _has(value, "wait_closed")):
-        return False
-    if _has(value, "__aenter__") and _has(value, "__aexit__"):
+def _is_entered(value: object, enter: str, leave: str) -> bool:
+    # To enter a lock is to take it, and a process's exit waits for the process.
+    home = type(value).__module__.partition(".")[0]
+    is_lock = home in _LOCKS and _has(value, "acquire") and _has(value, "release")
+    return _has(value, enter) and _has(value, leave) and not is_lock and not _is(value, _NOT_ENTERED)
+
+
+_LOCKS = {"_thread", "anyio", "asyncio", "multiprocessing", "threading", "trio"}
+_NOT_ENTERED = (PurePath, subprocess.Popen)
+
+
+def _exit_of(value: object) -> Any:
+    for enter, leave in (("__aenter__", "__aexit__"), ("__enter__", "__exit__")):
+        if _is_entered(value, enter, leave):
+            return getattr(type(value), leave)
+    return None
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    """Wait for a task that was cancelled, and raise what else it ended with."""
+    await asyncio.wait([task])
+    if not task.cancelled() and (error := task.exception()) is not None:
+        raise error
+
+
+def _is_among(value: object, others: Collection[Any]) -> bool:
+    for each in others:  # noqa: SIM110 - a third of the time of any()
+        if each is value:
+            return True
+    return False
+
+
+def _left_open(value: Any, others: Collection[Any], *, is_plain: bool) -> str | None:
+    """Return what would stay open of a value without a closing, None if nothing seems to be."""
+    kind = type(value).__name__
+    if type(value) in (dict, list, set, tuple):
+        parts: list[Any] = [*value.values()] if _is(value, dict) else [*value]
+        for part in parts[:100]:
+            if _is_among(part, others):
+                continue
+            if drivers.find(part) is not None or any(_has(part, name) for name in _CLOSINGS):
+                return f"the {type(part).__name__} in a {kind}"
+    if is_plain:
+        runs = isinstance(value, threading.Thread) and value.is_alive() and not value.daemon
+        return f"a {kind} that runs" if runs else None
+    suspicious = [name for name in (*OTHER_CLOSINGS, *_CUT_OFF) if _has_method(value, name)]
+    return f"a {kind}, which has {suspicious[0]}()" if suspicious else None
+
+
+_CUT_OFF = ("terminate", "kill")
+_CLOSINGS = ("close", "aclose", *OTHER_CLOSINGS)
+
+
+_ABILITIES = frozenset({*_CLOSINGS, *_CUT_OFF, "__aenter__", "__enter__"})
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value has nothing that could close it: most have not, and one look tells."""
+    for kind in type(value).__mro__:
+        if not kind.__dict__.keys().isdisjoint(_ABILITIES):
+            return False
+    try:
+        own: dict[str, object] = object.__getattribute__(value, "__dict__")
+    except AttributeError:
         return True
-    return _has(value, "__enter__") and _has(value, "__exit__") and not _has(value, "close")
+    return _ABILITIES.isdisjoint(own)
+
+
+def _has_method(value: object, name: str) -> bool:
+    return _has(value, name) and callable(getattr(type(value), name, None))
 
 
 def _has(value: object, name: str) -> bool:
     # Not of the value: one that invents attributes on demand has no `close` of its own.
-    # A class that is itself the value has what its instances have, and can't be called for it.
-    if isinstance(value, type):
+    # A class that is itself the value has what its instances have, and can't be called for it;
+    # a module is the whole process's, and the event loop that of whoever runs it.
+    if isinstance(value, _NO_INSTANCE):
         return False
     try:
         own: dict[str, object] = object.__getattribute__(value, "__dict__")
@@ -317,11 +517,31 @@ def _has(value: object, name: str) -> bool:
     return own.get(name, getattr(type(value), name, None)) is not None
 
 
+_NO_INSTANCE = (type, ModuleType, asyncio.AbstractEventLoop)
+
+
 def _takes_nothing(method: Call) -> bool:
+    # A plain method says it at once, and most are plain.
+    function = method.__func__ if isinstance(method, MethodType) else None
+    if type(function) is FunctionType and not function.__dict__:
+        code, defaults = function.__code__, function.__defaults__ or ()
+        if code.co_argcount - len(defaults) == 1 and code.co_kwonlyargcount == 0:
+            return True
     try:
-        inspect.signature(method).bind()
+        signature_of(method).bind()
     except TypeError:
         return False
     except ValueError:  # a builtin that does not say
         return True
     return True
+
+
+def _only_parameter(method: Call) -> str:
+    """Return the name of the one parameter that a method must be given, '' if there is no such."""
+    try:
+        parameters = signature_of(method).parameters.values()
+    except (TypeError, ValueError):
+        return ""
+    needed = [each for each in parameters if each.default is each.empty]
+    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return needed[0].name if len(needed) == 1 and needed[0].kind in positional else ""

@@ -1,42 +1,47 @@
-"""The engine: everything that opens, rolls back, closes and keeps deadlines is in this file.
+"""The engine: what opens, rolls back, closes and keeps deadlines is decided in this file.
 
-Each resource has one task, which opens it, parks, and closes it. One more task, the owner, decides:
-it starts a resource's task when all its parents are open, asks it to close when all its children
-have ended, cuts it off at its deadline, and leaves it behind when it ignores even that. The task of
-a resource only reports; every change of state is made in the owner's `_turn`, which has no await.
+Each resource has one task, in `_life.py`, which opens it, parks, and closes it. One more task, the
+owner, decides: it starts a resource's task when all its parents are open, asks it to close when all
+its children have ended, cuts it off at its deadline, and leaves it behind when it ignores even that.
+The task of a resource only reports; every change of state is made in the owner's `_turn`, which has
+no await.
 """
 
 from __future__ import annotations
 
-import heapq
 import logging
-import random
 from collections.abc import Callable
-from functools import partial
-from itertools import count
+from contextlib import suppress
+from contextvars import Context, copy_context
 from math import inf
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import anyio
 from anyio import CancelScope, get_cancelled_exc_class
 
 from . import drivers, events
-from ._backend import clock, spawn
-from ._closing import Call, Live, settle
-from ._errors import DeadlineError, LifekitError, Phase, summary
+from ._backend import conceal, reveal, shelter, sheltered, spawn
+from ._closing import Call, Live, reached_in, settle
+from ._deadlines import BLOCKED, WORTH_SAYING, Deadlines
+from ._errors import DeadlineError, LifekitError, Phase, is_a
 from ._graph import Plan
-from ._node import RUNNING, Node, State
-from ._redact import redact_error
+from ._interrupts import hold, let_go
+from ._life import LAST_CALL, Life
+from ._node import RUNNING, Node, State, Variables
 from ._resource import Resource
-from ._stack import waiting_at
+from ._stack import suspended_frames, waiting_at
+from ._stand_in import redact_error
 from ._timeline import Timeline, timeline
-from ._transient import is_transient
 
 if TYPE_CHECKING:
+    from ._lifespan import Lifespan
     from ._sandbox import Block
 
-LAST_CALL = 1.0
-"""Seconds that a closing has to end after it was cancelled, and that a terminate has in all."""
+T = TypeVar("T")
+NOWHERE: tuple[str, ...] = ()
+
+OVERDUE = 5.0
+"""Seconds after the grace of a shutdown from which on a signal's handler may interrupt what closes."""
 
 Failure = tuple[str, str, Exception]
 """A resource's name, its code line, what it failed with."""
@@ -46,6 +51,7 @@ class Engine:
     """One run of a plan: the tasks that own its values."""
 
     task: object
+    base: Context  # that of the owner, on which those of the resources stand
 
     def __init__(
         self,
@@ -56,14 +62,20 @@ class Engine:
         start_timeout: float,
         close_timeout: float,
         grace: float,
-        sandboxed: bool,
+        lifespan: Lifespan,
+        variables: Variables,
+        gateway: drivers.Gateway | None,
         block: Callable[[], Block | None],
         on_event: Callable[[events.Event], object] | None,
         on_finished: Callable[[], None],
     ) -> None:
-        """Prepare a run; *values* may already hold some, which this run uses and leaves alone."""
-        self.name, self.plan, self.values = name, plan, values
-        self.sandboxed, self._block = sandboxed, block
+        """Prepare a run; *values* may already hold some, which this run uses and leaves alone.
+
+        *variables* are context variables to set for all factories.
+        """
+        self.name, self.plan, self.values, self._lifespan = name, plan, values, lifespan
+        self._given = variables
+        self.gateway, self.block = gateway, block
         self.start_timeout, self.close_timeout, self.grace = start_timeout, close_timeout, grace
         resources = plan.resources
         self.nodes = [
@@ -77,15 +89,17 @@ class Engine:
         ]
         self.own = [node for node in self.nodes if node.resource not in values]
         self.ready = anyio.Event()  # all is open, or all has ended again
-        self.finished = anyio.Event()
+        # AnyIO looks for its backend whenever one of these is made.
+        self.event, self.scope = type(self.ready), type(CancelScope())
+        self.finished = self.event()
         self.stopping = False
         self.open_failures: list[Failure] = []
         self.cut_off: list[str] = []
         """What was opening still when something else failed."""
         self.close_failures: list[Failure] = []
         self.interrupts: list[BaseException] = []  # what must be delivered as it is
+        self.held_back: list[BaseException] = []  # likewise, once all is closed
         self.began = self.stop_began = 0.0
-        self.now = clock()
         self._on_event, self._on_finished = on_event, on_finished
         self._heard = on_event is not None or events.logger.isEnabledFor(logging.INFO)
         self._heard &= bool(self.own) or not values  # else all is open already
@@ -93,9 +107,12 @@ class Engine:
         self._unopened, self._running = len(self.own), 0
         self._tasks: list[object] = []  # asyncio itself does not keep them
         self._reports: list[tuple[Node, Callable[[Node, Any], None], object]] = []
-        self._alarms: list[tuple[float, int]] = []
-        self._next_alarm = -inf
-        self._bell = anyio.Event()
+        self._told_of = 0
+        self._bell = self.event()
+        self.time = Deadlines(self.nodes, self._ring, self._blocked)
+        self.now = self.time.now
+        self._lost_before_stop = 0.0
+        self._leave_shelter: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Spawn the owner."""
@@ -105,6 +122,31 @@ class Engine:
         """Ask for the end; while it still starts, for the rollback."""
         self._stop_asked = True
         self._bell.set()
+
+    def _ring(self) -> None:
+        self._bell.set()
+
+    def interrupt(self, error: BaseException) -> None:
+        """Stop, and deliver *error* then."""
+        self.interrupts.append(error)
+        self.stop()
+
+    def lose(self) -> None:
+        """Say what can't be closed any more: the loop was closed, and did not ask before."""
+        left = self._left()
+        if not self.finished.is_set() and left:
+            told = f"the event loop was closed under the open lifespan of {self.name}"
+            events.logger.error(f"{told}: never closed: {left}")
+        self._finish()
+
+    def _left(self) -> str:
+        return ", ".join(node.resource.name for node in self.own if node.state in RUNNING)
+
+    def _finish(self) -> None:
+        if not self.finished.is_set():
+            self._on_finished()
+            self.ready.set()
+            self.finished.set()
 
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
@@ -139,22 +181,44 @@ class Engine:
     def _names(self) -> list[str]:
         return [resource.name for resource in self.plan.resources]
 
-    def _emit(self, event: events.Event) -> None:
+    @property
+    def variables(self) -> Variables:
+        """What factories set in their contexts, of those that set the same the last declared."""
+        return tuple(each for node in self.own for each in node.variables)
+
+    def _emit(self, kind: Callable[..., events.Event], *told: object) -> None:
+        # Whatever a listener or a logging handler raises, the run goes on.
         try:
+            event = kind(self.name, *told, lifespan=self._lifespan)
             events.log(event)
             if self._on_event is not None:
+                began = self.now()
                 self._on_event(event)
+                self._blocked_by_listener(self.now() - began)
         except Exception as error:
-            redact_error(error)
-            events.logger.exception(f"on_event of {self.name} failed at {type(event).__name__}")
+            line = f"on_event of {self.name} failed at {kind.__name__}"
+            with suppress(Exception):
+                events.logger.error(line, exc_info=redact_error(error))
         except BaseException as error:
-            self.interrupts.append(error)
-            self.stop()
+            self.interrupt(error)
+
+    def _blocked_by_listener(self, seconds: float) -> None:
+        if seconds >= BLOCKED:
+            self.time.lost += seconds
+        if seconds >= WORTH_SAYING:
+            events.logger.warning(f"on_event of {self.name} blocked the event loop for {seconds:.2f} s")
+
+    def _blocked(self, node: Node, seconds: float) -> None:
+        stands = self._if_known(NOWHERE, _stands_at, node) or (node.declaration.location,)
+        self._emit(events.Blocked, node.resource.name, node.phase, seconds, stands[0])
 
     # -- the owner ------------------------------------------------------------------------------
 
     async def _own(self) -> None:
         try:
+            self.base = copy_context()
+            for variable, value in self._given:
+                self.base.run(variable.set, value)
             self.began = self.now()
             for node in self.own:
                 if node.pending == 0:
@@ -163,74 +227,110 @@ class Engine:
                 self._all_open()
             while not (self.stopping and self._running == 0):
                 await self._sleep()
-                try:
-                    self._turn()
-                except Exception as error:  # no fault in one resource may leave the others open
-                    self.interrupts.append(error)
-                    self._stop_asked = True
+                self._turn()
             if self._heard:
-                self._emit(events.Stopped(self.name, self.stop_timeline()))
+                self._emit(events.Stopped, self.stop_timeline())
+        except GeneratorExit:
+            self.lose()
+            raise
         finally:
-            self._on_finished()
-            self.ready.set()
-            self.finished.set()
+            let_go(self)
+            self._leave_shelter()
+            self.interrupts += self.held_back
+            self._finish()
 
     def _never_ran(self) -> None:
         self.stopping = True
-        self._on_finished()
-        self.ready.set()
-        self.finished.set()
+        self._finish()
 
     def _never_began(self, node: Node) -> None:
         came = None if node.scope.cancel_called else LifekitError(f"{node.resource.name} was cancelled")
-        self._report(node, self._open_failed, came)
-        self._report(node, self._ended, None)
+        self.report(node, self.open_failed, came)
+        self.report(node, self.ended, None)
 
     async def _sleep(self) -> None:
         # Until the stop the owner lets itself be cancelled: that is how an event loop which ends
         # under an open lifespan asks for it. From then on nothing may hurry it.
-        self._next_alarm = self._alarms[0][0] if self._alarms else inf
         try:
-            with CancelScope(deadline=self._next_alarm, shield=self._stop_asked):
+            with self.scope(deadline=self.time.sleep(), shield=self._stop_asked):
                 await self._bell.wait()
         except GeneratorExit:  # the loop was closed under it, and nothing can be awaited any more
             raise
         except BaseException as error:
             self._stop_asked = True
-            if not isinstance(error, get_cancelled_exc_class()):
+            if not is_a(error, get_cancelled_exc_class()):
                 self.interrupts.append(error)
-        self._next_alarm = -inf  # while it is awake nobody needs to wake it
+        self.time.awake()
         if self._bell.is_set():
-            self._bell = anyio.Event()
+            self._bell = self.event()
 
     def _turn(self) -> None:
-        overdue: list[tuple[float, int]] = []
-        while self._alarms and self._alarms[0][0] <= self.now():
-            overdue.append(heapq.heappop(self._alarms))
+        overdue = self.time.overdue()
         # In declaration order, so that every run of one plan tells the same story.
         reports, self._reports = self._reports, []
         for node, happened, what in sorted(reports, key=lambda report: report[0].index):
             if node.state is not State.ENDED:
-                happened(node, what)
-        for when, index in overdue:
-            if self.nodes[index].alarm == when:
-                self._overdue(self.nodes[index])
+                self._carry_out(happened, node, what)
+        for node in overdue:
+            self._carry_out(self._overdue, node)
         if self._stop_asked and not self.stopping:
             self._begin_stop()
+        if len(self.held_back) > self._told_of:
+            self._tell_of_held_back()
+
+    def _carry_out(self, change: Callable[..., None], *what: object) -> None:
+        try:
+            change(*what)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # no fault in one resource may leave the others open
+            self.interrupts.append(error)
+            self._stop_asked = True
+
+    def _hold_back(self, error: BaseException) -> bool:
+        # Called by a signal handler, amid anything. Where the end is long overdue something blocks the
+        # loop, and whoever presses Ctrl-C means that.
+        lost = self.time.lost - self._lost_before_stop
+        if self.now() > self.stop_began + self.grace + lost + OVERDUE:
+            return False
+        self.held_back.append(error)
+        return True
+
+    def _tell_of_held_back(self) -> None:
+        self._told_of = len(self.held_back)
+        with suppress(Exception):
+            events.logger.warning(
+                f"{type(self.held_back[-1]).__name__} waits until {self.name} is closed, which takes "
+                f"{self.grace:.3g} s at most: {self._left()} left"
+            )
 
     def _begin(self, node: Node) -> None:
         node.state = State.OPENING
         node.open_began = self.now()
         self._running += 1
         if self._heard:
-            self._emit(events.Opening(self.name, node.resource.name))
-        self._arm(node, self._start_seconds(node))
-        node.scope, node.closing_scope = CancelScope(shield=True), CancelScope()
-        node.coroutine = self._guarded_life(node)
+            self._emit(events.Opening, node.resource.name)
+        self.time.arm(node, self._start_seconds(node))
+        node.scope, node.closing_scope = self.scope(shield=True), self.scope()
         name = f"lifekit {self.name}.{node.resource.name}"
-        node.task = spawn(node.coroutine, name, lambda: self._never_began(node))
+        life, context = Life(self, node).run(), self._context_for(node)
+        node.task = spawn(life, name, lambda: self._never_began(node), context)
 
-    def _opened(self, node: Node, live: Live) -> None:
+    def _context_for(self, node: Node) -> Context:
+        # A copy for each: a generator may reset at its end what it set at its beginning.
+        for index in self.plan.parents[node.index]:
+            parent = self.nodes[index]
+            node.inherited |= parent.inherited | dict(parent.variables)
+        if not node.inherited:
+            node.context = self.base
+        else:
+            node.context = self.base.copy()
+            for variable, value in node.inherited.items():
+                node.context.run(variable.set, value)
+        return node.context.copy()
+
+    def has_opened(self, node: Node, live: Live) -> None:
+        """Show its value, and begin what waited for it."""
         node.state = State.OPEN
         node.alarm = inf
         if not live.closes:  # its task is over
@@ -239,7 +339,7 @@ class Engine:
         self.values[node.resource] = live.value
         if self._heard:
             seconds = _between(node.open_began, node.opened_at)
-            self._emit(events.Opened(self.name, node.resource.name, seconds, live.describe()))
+            self._emit(events.Opened, node.resource.name, seconds, live.describe())
         self._unopened -= 1
         for index in self.plan.children[node.index]:
             child = self.nodes[index]
@@ -250,37 +350,42 @@ class Engine:
             self._all_open()
 
     def _all_open(self) -> None:
-        self._alarms.clear()
+        self.time.clear()
         if self._heard:
-            self._emit(events.Started(self.name, self.start_timeline()))
+            self._emit(events.Started, self.start_timeline())
         self.ready.set()
 
-    def _open_failed(self, node: Node, error: BaseException | None) -> None:
+    def open_failed(self, node: Node, error: BaseException | None) -> None:
+        """Record why it did not open, None where it was cancelled for another's sake."""
         node.state = State.CLOSING
         name = node.resource.name
-        self._emit(events.OpenFailed(self.name, name, _between(node.open_began, node.opened_at), error))
+        self._emit(events.OpenFailed, name, _between(node.open_began, node.opened_at), error)
         if node.live is not None and node.live.is_open:
-            self._emit(events.Closing(self.name, name))
+            self._emit(events.Closing, name)
         if error is None:
             self.cut_off.append(name)
         else:
             self._record(self.open_failures, node, error)
             self._stop_asked = True
 
-    def _retrying(self, node: Node, failure: tuple[int, float, Exception]) -> None:
-        self._emit(events.Retrying(self.name, node.resource.name, *failure))
+    def retrying(self, node: Node, failure: tuple[int, float, Exception]) -> None:
+        """Tell that it is tried again."""
+        self._emit(events.Retrying, node.resource.name, *failure)
 
     def _begin_stop(self) -> None:
         self.stopping = True
         self.stop_began = self.now()
+        self._lost_before_stop = self.time.lost
+        hold(self, self._hold_back)
+        self._leave_shelter = shelter()
         if self._heard:
-            self._emit(events.Stopping(self.name))
+            self._emit(events.Stopping)
         for node in self.own:
             children = (self.nodes[index] for index in self.plan.children[node.index])
             node.pending = sum(child.state in RUNNING for child in children)
         for node in reversed(self.own):
             if node.state is State.OPENING and node.cut is None:
-                self._arm(node, self._close_seconds(node))
+                self.time.arm(node, self.close_seconds(node))
                 node.scope.cancel()
             elif node.state is State.OPEN and node.pending == 0:
                 self._ask_to_close(node)
@@ -290,31 +395,41 @@ class Engine:
         node.close_began = self.now()
         del self.values[node.resource]
         if self._heard:
-            self._emit(events.Closing(self.name, node.resource.name))
-        self._arm(node, self._close_seconds(node))
+            self._emit(events.Closing, node.resource.name)
+        self.time.arm(node, self.close_seconds(node))
         node.asked = True
         if node.live is not None and node.live.closes:
             node.wake.set()
         else:
-            self._report(node, self._ended, None)
+            self.report(node, self.ended, None)
 
-    def _close_failed(self, node: Node, failure: tuple[Phase, BaseException]) -> None:
+    def close_failed(self, node: Node, failure: tuple[Phase, BaseException]) -> None:
+        """Record which phase of its closing failed, and how."""
         phase, error = failure
         node.clean = False
         self._record(self.close_failures, node, error)
-        self._emit(events.CloseFailed(self.name, node.resource.name, phase, error))
+        self._emit(events.CloseFailed, node.resource.name, phase, error)
 
-    def _terminated(self, node: Node, _: None) -> None:
-        self._emit(events.Terminated(self.name, node.resource.name))
+    def died(self, node: Node, error: BaseException) -> None:
+        """Record what ended its task from outside of both."""
+        if node.state is State.OPENING:
+            self.open_failed(node, error)
+        else:
+            self.close_failed(node, (node.phase, error))
 
-    def _ended(self, node: Node, _: None) -> None:
+    def terminated(self, node: Node, _: None) -> None:
+        """Tell that it is cut off."""
+        self._emit(events.Terminated, node.resource.name)
+
+    def ended(self, node: Node, _: None) -> None:
+        """Close what waited for its end."""
         node.state = State.ENDED
         node.alarm = inf
         node.closed_at = self.now()
         self._running -= 1
         if self._heard and node.live is not None and node.live.is_open:
             seconds = _between(node.close_began, node.closed_at)
-            self._emit(events.Closed(self.name, node.resource.name, seconds, node.clean))
+            self._emit(events.Closed, node.resource.name, seconds, node.clean)
         if not node.left:  # else its task may still need it
             node.live = None
         if self.stopping:  # else the count is made when the stop begins
@@ -329,270 +444,124 @@ class Engine:
         if told_to_end or node.left:
             self._leave_behind(node)
         elif node.state is State.OPENING:
-            node.cut = self._deadline_error(node)
-            self._arm_at(node, self.now() + self._close_seconds(node))
+            node.cut = self.deadline_error(node)
+            self.time.arm_at(node, self.now() + self.close_seconds(node))
             node.scope.cancel()
             if node.closing_scope.shield:  # between two attempts
                 node.closing_scope.cancel()
         else:
-            node.cut = self._deadline_error(node)
-            self._arm_at(node, self.now() + LAST_CALL)
+            node.cut = self.deadline_error(node)
+            self.time.arm_at(node, self.now() + LAST_CALL)
             node.closing_scope.cancel()
 
     def _leave_behind(self, node: Node) -> None:
         if node.left:  # its terminate hangs as well
-            self._ended(node, None)
+            self.ended(node, None)
             return
-        error = self._deadline_error(node, abandoned=True)
+        error = self.deadline_error(node, abandoned=True)
         if node.state is State.OPENING:
             node.opened_at = self.now()
-            self._open_failed(node, error)
+            self.open_failed(node, error)
         else:
-            self._close_failed(node, (node.phase, error))
+            self.close_failed(node, (node.phase, error))
         live = node.live
         if live is None or not live.terminate or node.phase == "terminate":
-            self._ended(node, None)
+            self.ended(node, None)
         else:
-            self._terminated(node, None)
-            self._arm(node, 2 * LAST_CALL)
+            self.terminated(node, None)
+            self.time.arm(node, 2 * LAST_CALL)
             self._tasks.append(
-                spawn(self._terminate(node, live.terminate), f"lifekit {node.resource.name}")
+                spawn(
+                    self._terminate(node, live.terminate),
+                    f"lifekit {node.resource.name}",
+                    lambda: self.report(node, self.ended, None),
+                )
             )
+            conceal(self._tasks[-1])
         node.left = True
+        reveal(node.task)  # nobody waits for it any more
         node.live = live  # its task still has it, and closes it should the opening ever succeed
-
-    def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
-        if isinstance(error, Exception):
-            failures.append((node.resource.name, node.declaration.location, error))
-        else:
-            self.interrupts.append(error)
-
-    def _deadline_error(self, node: Node, *, abandoned: bool = False) -> DeadlineError:
-        cut_short = node.phase != "terminate" and node.armed_for < self._timeout(node)
-        return DeadlineError(
-            resource=node.resource.name,
-            location=node.declaration.location,
-            phase=node.phase,
-            seconds=node.armed_for,
-            grace=self.grace if self.stopping and cut_short else None,
-            stack=waiting_at(node.coroutine),
-            holders=node.live.holders() if node.live is not None else (),
-            abandoned=abandoned,
-        )
-
-    # -- time -----------------------------------------------------------------------------------
-
-    def _arm(self, node: Node, seconds: float) -> None:
-        node.armed_for = seconds
-        self._arm_at(node, self.now() + seconds)
-
-    def _arm_at(self, node: Node, when: float) -> None:
-        if node.left:
-            return
-        node.alarm = when
-        if when < inf:
-            heapq.heappush(self._alarms, (when, node.index))
-            if when < self._next_alarm:
-                self._bell.set()
-
-    def _start_seconds(self, node: Node) -> float:
-        declared = node.declaration.options.start_timeout
-        return self.start_timeout if declared is None else declared
-
-    def _close_seconds(self, node: Node) -> float:
-        seconds = self._timeout(node)
-        if self.stopping:
-            seconds = min(seconds, max(0.0, self.stop_began + self.grace - self.now()))
-        return seconds
-
-    def _timeout(self, node: Node) -> float:
-        declared = node.declaration.options.close_timeout
-        return self.close_timeout if declared is None else declared
-
-    # -- a resource's own task ------------------------------------------------------------------
-
-    def _report(self, node: Node, happened: Callable[[Node, Any], None], what: object) -> None:
-        if not node.left:  # else it speaks too late
-            self._reports.append((node, happened, what))
-            self._bell.set()
-
-    async def _guarded_life(self, node: Node) -> None:
-        try:
-            await self._life(node)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            # A factory, or a closing, left a scope of its own open in this task.
-            redact_error(error)
-            self._report(node, self._close_failed, (node.phase, error))
-            self._report(node, self._ended, None)
-
-    async def _life(self, node: Node) -> None:
-        # Both scopes stand around the whole life, because a generator factory may have scopes of
-        # its own open across its yield, and scopes must nest. The outer one ends an opening. The
-        # inner one ends a closing, and shields it from an opening that was ended before.
-        with node.scope, node.closing_scope:
-            try:
-                if not node.scope.cancel_called:  # else the stop came before its first step
-                    await self._open(node)
-                error = None
-            except GeneratorExit:
-                raise
-            except BaseException as raised:
-                error = raised
-            node.opened_at = self.now()
-            if error is None and node.opened_at > node.alarm and node.cut is None:
-                node.cut = self._deadline_error(node)  # it never let go of the loop
-            if error is None and not node.scope.cancel_called and node.cut is None:
-                assert node.live is not None
-                self._report(node, self._opened, node.live)
-                if not node.live.closes:
-                    return  # nothing is left for this task to do
-                await self._park(node)
-            else:  # it failed, or was cancelled, or it arrived too late
-                reason = self._reason(node, error, cancelled=node.scope.cancel_called)
-                self._report(node, self._open_failed, reason)
-                del error
-            if node.live is not None and node.live.closes:
-                await self._close(node, node.live)
-        self._report(node, self._ended, None)
-
-    async def _open(self, node: Node) -> None:
-        options = node.declaration.options
-        until, seconds = node.alarm, node.armed_for
-        for attempt in count(1):
-            try:
-                await self._try_to_open(node)
-                return
-            except Exception as error:
-                # Twice as long each time, up to five seconds; anywhere in its upper half.
-                delay = min(0.1 * 2 ** (attempt - 1), 5.0) * random.uniform(0.5, 1.0)
-                if attempt > options.retry or not is_transient(error) or node.scope.cancel_called:
-                    raise
-                if self.now() + delay >= until:
-                    error.add_note(f"lifekit gave up: no time left for attempt {attempt + 1}")
-                    raise
-                if (
-                    node.live is not None
-                    and node.live.is_made
-                    and not await self._undo(node, node.live)
-                ):
-                    raise
-                node.last_error = error
-            self._report(node, self._retrying, (attempt, delay, node.last_error))
-            node.armed_for = seconds
-            self._arm_at(node, until)
-            await anyio.sleep(delay)
-
-    async def _try_to_open(self, node: Node) -> None:
-        node.phase, node.live = "open", Live(node.declaration)
-        try:
-            needs = [self.values[need] for need in node.declaration.needs]
-            await node.live.open(needs, sandboxed=self.sandboxed)
-            if (block := self._block()) is not None and node.live.sandbox is not None:
-                await block.begin(node.resource.name, node.live.sandbox)
-            node.phase = "check"
-            await node.live.check()
-        except BaseException as error:
-            for driver in drivers.loaded():
-                try:
-                    driver.salvage(error)
-                except Exception as second:
-                    events.logger.error(f"salvage of {type(driver).__name__} failed: {summary(second)}")
-            raise
-
-    async def _undo(self, node: Node, live: Live) -> bool:
-        # Between two attempts: what the first one made is closed, and only then forgotten.
-        clean = await self._close(node, live)
-        node.closing_scope.shield = False
-        node.close_began = None
-        node.live = None
-        return clean and not node.scope.cancel_called
-
-    async def _park(self, node: Node) -> None:
-        node.wake = anyio.Event()
-        while not node.asked:
-            try:
-                # Shielded from the factory's own task group, which may be cancelled meanwhile: why,
-                # comes out where the factory leaves it, at the closing.
-                with CancelScope(shield=True):
-                    await node.wake.wait()
-            except GeneratorExit:
-                raise
-            except BaseException as error:
-                if not isinstance(error, get_cancelled_exc_class()):
-                    self.interrupts.append(error)
-                    self.stop()
-
-    async def _close(self, node: Node, live: Live) -> bool:
-        node.closing_scope.shield = True
-        node.close_began = self.now() if node.close_began is None else node.close_began
-        if not node.asked:  # else the owner has set its alarm
-            self._arm(node, self._close_seconds(node))
-        if node.left:  # while it opened: nobody watches its time any more
-            node.closing_scope.deadline = self.now() + LAST_CALL
-        clean = True
-        if (block := self._block()) is not None and live.sandbox is not None:
-            clean = await self._step(node, "close", partial(block.end, live.sandbox))
-        for phase, step in live.steps if live.is_open else ():
-            # After a failure only a generator's end, or the exit of what was entered, must still come.
-            if clean or (live.entered and step is live.steps[-1][1]):
-                clean &= await self._step(node, phase, step)
-        in_order = clean and live.is_open and live.flaw is None
-        if live.terminate and not in_order and not node.left:
-            self._report(node, self._terminated, None)
-            self._arm(node, min(LAST_CALL, self._timeout(node)))
-            around = node.closing_scope
-            with CancelScope(shield=True, deadline=self.now() + 2 * LAST_CALL) as node.closing_scope:
-                clean &= await self._step(node, "terminate", live.terminate)
-            node.closing_scope = around
-        return clean
 
     async def _terminate(self, node: Node, call: Call) -> None:
         # In a task of its own: that of the resource was left behind.
+        sheltered.set(True)
         try:
             with CancelScope(shield=True, deadline=self.now() + LAST_CALL):
                 await settle(call())
         except GeneratorExit:
             raise
         except BaseException as error:
-            redact_error(error)
-            self._reports.append((node, self._close_failed, ("terminate", error)))
-        self._reports.append((node, self._ended, None))
+            self.report(node, self.close_failed, ("terminate", redact_error(error, node.live)))
+        self.report(node, self.ended, None)
+
+    def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
+        if is_a(error, Exception):
+            failures.append((node.resource.name, node.declaration.location, cast("Exception", error)))
+        else:
+            self.interrupts.append(error)
+
+    def deadline_error(self, node: Node, *, abandoned: bool = False) -> DeadlineError:
+        """Return the error of a resource whose time is up, with where it stands."""
+        cut_short = node.phase != "terminate" and node.armed_for < self.timeout(node)
+        blocked = node.blocked - node.blocked_before
+        return DeadlineError(
+            resource=node.resource.name,
+            location=node.declaration.location,
+            phase=node.phase,
+            seconds=node.armed_for,
+            grace=self.grace if self.stopping and cut_short else None,
+            stack=self._if_known(NOWHERE, _stands_at, node),
+            holders=node.live.holders() if node.live is not None else (),
+            opening=self._if_known("", self._reached_by, node),
+            blocked=blocked if blocked >= BLOCKED else 0.0,
+            abandoned=abandoned,
+        )
+
+    def _if_known(self, default: T, look: Callable[[Node], T], node: Node) -> T:
+        # It looks at frames and at what stands in them, which may be broken in any way.
+        try:
+            return look(node)
+        except Exception:
+            return default
+        except BaseException as error:
+            self.interrupt(error)
+            return default
+
+    def _reached_by(self, node: Node) -> str:
+        if node.live is None or node.phase not in ("open", "check"):
+            return ""
+        if node.live.driver is not None:
+            return node.live.describe()
+        needs = [self.values.get(need) for need in node.declaration.needs]
+        return reached_in(suspended_frames(node.coroutine), needs)
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def _start_seconds(self, node: Node) -> float:
+        declared = node.declaration.options.start_timeout
+        return self.start_timeout if declared is None else declared
+
+    def close_seconds(self, node: Node) -> float:
+        """Return the seconds that its closing has, were it to begin now."""
+        seconds = self.timeout(node)
+        if self.stopping:
+            lost = self.time.lost - self._lost_before_stop
+            seconds = min(seconds, max(0.0, self.stop_began + self.grace + lost - self.now()))
+        return seconds
+
+    def timeout(self, node: Node) -> float:
+        """Return the seconds that its closing has by itself."""
+        declared = node.declaration.options.close_timeout
+        return self.close_timeout if declared is None else declared
+
+    def report(self, node: Node, happened: Callable[[Node, Any], None], what: object) -> None:
+        """Have *happened* told to the owner, at its next turn."""
+        self._reports.append((node, happened, what))
         self._bell.set()
 
-    async def _step(self, node: Node, phase: Phase, step: Call) -> bool:
-        node.phase = phase
-        error: BaseException | None = None
-        try:
-            await settle(step())
-        except GeneratorExit:
-            raise
-        except BaseException as raised:
-            error = raised
-        reason = self._reason(node, error, cancelled=False)
-        if reason is not None:
-            self._report(node, self._close_failed, (phase, reason))
-        return reason is None
 
-    def _reason(
-        self, node: Node, error: BaseException | None, *, cancelled: bool
-    ) -> BaseException | None:
-        # A cancellation that lifekit asked for is no failure by itself: what it asked for it is.
-        if error is not None:
-            redact_error(error)
-        ours = get_cancelled_exc_class()
-        real = None if isinstance(error, ours) else error
-        if isinstance(error, BaseExceptionGroup):
-            real = cast("BaseExceptionGroup[BaseException]", error).split(ours)[1]
-        if node.cut is not None:
-            cut, node.cut = node.cut, None
-            cut.__cause__ = real or node.last_error
-            return cut
-        if error is not None and real is None and not cancelled:
-            real = LifekitError(f"{node.phase} of {node.resource.name} was cancelled, not by lifekit")
-            real.__cause__ = error
-        return real
+def _stands_at(node: Node) -> tuple[str, ...]:
+    return waiting_at(node.coroutine)
 
 
 def _between(began: float | None, ended: float | None) -> float:

@@ -16,7 +16,8 @@ LifekitError
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, Self, cast
 
@@ -73,8 +74,10 @@ class DeadlineError(LifekitError, TimeoutError):
 
     Attributes: ``resource``, its name; ``phase``, one of ``open``, ``check``, ``close``,
     ``wait_closed``, ``terminate``; ``seconds``, the time that it had; ``stack``, the lines where
-    its coroutine stood; ``holders``, for a pool, who holds its connections; ``abandoned``, whether
-    it also ignored its cancellation, so that its task was left behind.
+    its coroutine stood; ``opening``, what it was to open or to reach, where that is known;
+    ``holders``, for a pool, who holds its connections; ``blocked``, the seconds of its own for which
+    nothing else could run, and nothing end it; ``abandoned``, whether it also ignored its
+    cancellation, so that its task was left behind.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class DeadlineError(LifekitError, TimeoutError):
         seconds: float,
         stack: Sequence[str] = (),
         holders: Sequence[str] = (),
+        opening: str = "",
         grace: float | None = None,
+        blocked: float = 0.0,
         abandoned: bool = False,
     ) -> None:
         self.resource = resource
@@ -94,12 +99,22 @@ class DeadlineError(LifekitError, TimeoutError):
         self.seconds = seconds
         self.stack: tuple[str, ...] = tuple(stack)
         self.holders: tuple[str, ...] = tuple(holders)
+        self.opening = opening
+        self.blocked = blocked
         self.abandoned = abandoned
         lines = [f"{resource} ({location}): {phase} took longer than {seconds:.3g} s"]
         if grace is not None:
             lines[0] += f", all that was left of the shutdown's grace of {grace:.3g} s"
         if abandoned:
             lines[0] += " and ignored its cancellation: its task was left behind"
+        if blocked:
+            lines[0] += f", and blocked the event loop for {blocked:.3g} s"
+            lines.append(
+                "  while it blocks nothing else runs, and no deadline can end it: let it wait in a "
+                "thread, `await asyncio.to_thread(…)`"
+            )
+        if opening:
+            lines.append(f"  opening {opening}")
         if holders:
             lines += ["  its connections are held by", *(f"    {line}" for line in holders)]
         if stack:
@@ -203,30 +218,123 @@ class SandboxUnsupportedError(SandboxError):
     """The sandbox can't do that; the message says which isolation can."""
 
 
+def is_a(error: BaseException, kind: type[BaseException]) -> bool:
+    """Return whether *error* is of *kind*, without asking the error itself for its class."""
+    return issubclass(type(error), kind)
+
+
+def without(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """Return *error* but for what in it is of *kind*: itself, a plain group of the rest, or None.
+
+    A group's own class, which may be broken, is asked nothing.
+    """
+    left, seen = [error], set[int]()
+    rest: list[BaseException] = []
+    taken_out = False
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if issubclass(type(each), BaseExceptionGroup):
+            left += reversed(members_of(each))
+        elif issubclass(type(each), kind):
+            taken_out = True
+        else:
+            rest.append(each)
+    if not taken_out or not rest:
+        return error if rest else None
+    return BaseExceptionGroup(_message_of(error), rest).with_traceback(error.__traceback__)
+
+
+members_of: Any = vars(BaseExceptionGroup)["exceptions"].__get__
+_message_of: Any = vars(BaseExceptionGroup)["message"].__get__
+
+
 def summary(error: BaseException) -> str:
-    """Return an error's type and text in one line, with no password in it."""
+    """Return an error's type, its text and what is behind it in one line, with no password in it."""
+    cause = _telling_cause(error)
+    return f"{_with_parts(error)}, caused by {_with_parts(cause)}" if cause else _with_parts(error)
+
+
+def _with_parts(error: BaseException) -> str:
+    parts = _parts(error)
+    return f"{_head(error)}: {'; '.join(parts)}" if parts else _head(error)
+
+
+def _parts(error: BaseException) -> list[str]:
+    """Return what a group holds, without the groups in it: the first of them, and how many more."""
+    left, heads, seen = [error], dict[str, None](), 0
+    while left and seen < _MOST:
+        each = left.pop()
+        seen += 1
+        if issubclass(type(each), BaseExceptionGroup):
+            left += reversed(_EXCEPTIONS.__get__(each))
+        elif each is not error:
+            heads[_head(each)] = None
+    first = [*heads][:_FIRST]
+    return [*first, f"and {len(heads) - _FIRST} more"] if len(heads) > _FIRST else first
+
+
+def _telling_cause(error: BaseException) -> BaseException | None:
+    """Return its cause, where that says more than the error itself."""
+    cause: BaseException | None = _CAUSE.__get__(error)
+    if cause is None or issubclass(type(error), LifekitError):  # which says it itself
+        return None
+    new = set(_WORDS.findall(_text(cause))) - set(_WORDS.findall(_text(error)))
+    return cause if new or not _text(cause) else None
+
+
+def _head(error: BaseException) -> str:
     text = _text(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
+    return f"{name_of(error)}: {text}" if text else name_of(error)
 
 
 def _text(error: BaseException) -> str:
+    return redact(text_of(error)[:_LONGEST_TEXT])
+
+
+# -- what an error shows, whatever its class makes of it ---------------------------------------------
+
+_MOST, _FIRST, _LONGEST_LINE, _LONGEST_TEXT = 20_000, 3, 1000, 20_000
+_WORDS = re.compile(r"\w+")
+_CAUSE: Any = vars(BaseException)["__cause__"]
+_EXCEPTIONS: Any = vars(BaseExceptionGroup)["exceptions"]
+_NAME: Any = vars(type)["__name__"]
+
+
+def text_of(error: object, shows: Callable[[Any], str] = str) -> str:
+    """Return `str(error)`, whatever that raises."""
+    # KeyboardInterrupt and its like as well: the loop's own handler raises none in here.
     try:
-        return redact(str(error))
-    except Exception as broken:  # an error that can't say what it is must not hide that it came
-        return f"its text can't be had: {type(broken).__name__}"
+        return "".join([shows(error)])  # `__str__` may return a subclass
+    except BaseException as broken:  # an error that can't say what it is must not hide that it came
+        return f"message unavailable: {name_of(broken)}"
+
+
+def name_of(error: BaseException) -> str:
+    """Return the name of an error's class."""
+    name: str = _NAME.__get__(type(error))
+    return name
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Return an error's notes, as they are shown."""
+    try:
+        notes: object = getattr(error, "__notes__", None)
+    except BaseException:  # a property that raises
+        return []
+    if isinstance(notes, list | tuple):
+        return [text_of(note) for note in cast("Sequence[object]", notes)]
+    return [] if notes is None else [text_of(notes, repr)]
 
 
 def note_once(error: BaseException, note: str) -> None:
     """Add a note to an error that may have it already, or that takes none."""
-    if note not in _notes(error):
-        with suppress(Exception):
+    if note not in notes_of(error):
+        with suppress(BaseException):
             error.add_note(note)
-
-
-def _notes(error: BaseException) -> list[str]:
-    found: object = getattr(error, "__notes__", None)
-    listed = cast("list[object]", found) if isinstance(found, list) else []
-    return [each for each in listed if isinstance(each, str)]
 
 
 def _made_anew(
@@ -241,8 +349,11 @@ def _made_anew(
 def _line(name: str, location: str, error: Exception) -> str:
     text = _text(error)
     if not text.startswith(f"{name} ({location})"):  # else it is one of lifekit's own
-        notes = [each for each in _notes(error) if each.startswith("lifekit: ")]
-        text = "\n  ".join([f"{name} ({location}): {summary(error)}", *notes])
+        cause = _telling_cause(error)
+        behind = [f"  {part}" for part in _parts(error)]
+        behind += [f"caused by {_with_parts(cause)}"] if cause is not None else []
+        notes = [redact(each) for each in notes_of(error) if each.startswith("lifekit: ")]
+        text = "\n  ".join([f"{name} ({location}): {_head(error)}", *behind, *notes])
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 

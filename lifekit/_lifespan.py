@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextvars import Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from ._backend import running_loop, sit_out
 from ._errors import LifekitError, NotOpenError, OverrideError, ShutdownError, StartupError
 from ._graph import Plan, dependents
-from ._overrides import MISSING, Override, Overrides, given, make_override, of_context, overridden
+from ._overrides import (
+    MISSING,
+    Override,
+    Overrides,
+    given,
+    make_override,
+    of_context,
+    overridden,
+    overrides,
+    refuse_useless,
+)
 from ._resource import Resource
-from ._running import current, wrong_loop
+from ._running import Start, current, wrong_loop
 from ._sandbox import Block, Sandboxing, sandboxing
 from ._stack import Site, caller_frame
 
 if TYPE_CHECKING:
     from ._engine import Engine
     from ._factory import Entered, Produced
+    from ._node import Variables
     from ._registry import Registry
     from ._timeline import Timeline
     from .drivers import Sandbox
+    from .sandbox._by_gateway import PostgresSandbox
 
     Patch = AbstractAsyncContextManager["Lifespan"]
 
@@ -40,18 +54,24 @@ class Lifespan(Mapping[str, Any]):
         self,
         registry: Registry,
         plan: Plan,
-        location: str,
+        location: str | Site,
         *,
         root: Lifespan | None = None,
     ) -> None:
         """Called by `Registry.lifespan`, and by `override` of *root*, beside which this one runs."""
         self.registry = registry
-        self.location = location
+        self._location = location
         self.live: Mapping[Resource[Any], Any] = {}
         self.loop: object | None = None
+        self.process: int = 0
+        self.start: Start = Start()
         self.sandboxed: bool = False
+        self.postgres: Sandbox | None = None
+        self._gateway: PostgresSandbox | None = None
         self.block: Block | None = None
         self.patches: tuple[Lifespan, ...] = ()
+        self.variables: Variables = ()  # which factories set, for requests to have as well
+        self._variables: Variables = ()  # the same, unless overridden
         self._root = root or self
         self._sandboxing: Sandboxing | None = None
         self._sandboxes: list[tuple[str, Sandbox]] | None = None
@@ -62,6 +82,12 @@ class Lifespan(Mapping[str, Any]):
         self._registries = {registry, *(resource.registry for resource in plan.resources)}
         self._engine: Engine | None = None
         self._left = False
+        self._tokens: list[Token[Any]] = []
+
+    @property
+    def location(self) -> str:
+        """The code line that made it."""
+        return str(self._location)  # here, for most are never asked
 
     # -- values -----------------------------------------------------------------------------
 
@@ -75,6 +101,7 @@ class Lifespan(Mapping[str, Any]):
         Raises:
             NotOpenError: It is not open: not yet, or no longer, or it belongs to another registry.
             WrongLoopError: The lifespan runs in another event loop.
+            OverrideError: An override around this code came too late for this lifespan.
             KeyError: No resource has that name.
         """
         if isinstance(key, str):
@@ -82,10 +109,29 @@ class Lifespan(Mapping[str, Any]):
                 return self._lifespans()[key]
             key = self._names[key]
         self._refuse_another_loop(key.name)
+        if overrides.get():
+            refuse_useless(self)
         try:
             return self.live[key]
         except KeyError:
             raise NotOpenError(self._why_not_open(key), resource=key.name) from None
+
+    def holders(self, key: Resource[Any] | str) -> tuple[str, ...]:
+        """Return who now holds parts of a live value, as of a pool its connections.
+
+        Each is the code line that took one, with its task where that is known. It is empty where nobody
+        holds any, and where the value's driver does not know.
+
+        Raises:
+            NotOpenError: As ``lifespan[key]`` does; so for the other two.
+            WrongLoopError: The lifespan runs in another event loop.
+            KeyError: No resource has that name.
+        """
+        from . import drivers
+
+        value = self[key]
+        driver = drivers.find(value)
+        return tuple(driver.holders(value)) if driver is not None else ()
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over what requests find in their state: names, and a key for each registry."""
@@ -160,12 +206,14 @@ class Lifespan(Mapping[str, Any]):
             start_timeout=registry.start_timeout,
             close_timeout=registry.close_timeout,
             grace=registry.grace,
-            sandboxed=self.sandboxed,
+            lifespan=self,
+            variables=self._root._variables,
+            gateway=self._root._gateway,
             block=lambda: self._root.block,
             on_event=registry.on_event,
             on_finished=self._retract,
         )
-        self.loop = running_loop()
+        self.loop, self.process = running_loop(), os.getpid()
         current.set((self, *current.get()))
         self._publish()
         engine.start()
@@ -178,6 +226,9 @@ class Lifespan(Mapping[str, Any]):
         if engine.stopping:
             await self._after(engine, None)
             raise LifekitError(f"{registry.name} was stopped while it started")
+        # What factories set in their contexts holds in the body, as it does where no lifekit is.
+        self._tokens = [variable.set(value) for variable, value in engine.variables]
+        self.variables = self._variables = (*self._root._variables, *engine.variables)
         return self
 
     async def __aexit__(
@@ -198,6 +249,12 @@ class Lifespan(Mapping[str, Any]):
         if self._engine.finished.is_set() and self._left:
             return
         self._left = True
+        if isinstance(error, GeneratorExit):  # this coroutine is closed, and can't wait any more
+            try:
+                self._engine.stop()
+            except RuntimeError:  # the loop is closed as well
+                self._engine.lose()
+            return
         self._refuse_another_loop(self.registry.name)
         try:
             if self.patches:
@@ -211,6 +268,10 @@ class Lifespan(Mapping[str, Any]):
         interrupt = await sit_out(engine.finished) or interrupt
         # In another context than it was entered in there is nothing of it to take out.
         current.set(tuple(each for each in current.get() if each is not self))
+        for token in reversed(self._tokens):
+            with suppress(ValueError):
+                token.var.reset(token)
+        self._tokens = []
         if engine.interrupts:
             interrupt = engine.interrupts[0]
         failure = self._failure(engine)
@@ -259,7 +320,7 @@ class Lifespan(Mapping[str, Any]):
         return self._sandboxes or []
 
     @overload
-    def override(self, resource: Resource[T], value: T) -> Patch: ...
+    def override(self, resource: Resource[T], value: T | Resource[T]) -> Patch: ...
     @overload
     def override(self, resource: Resource[T], *, factory: Callable[..., Entered[T]]) -> Patch: ...
     @overload
@@ -275,7 +336,8 @@ class Lifespan(Mapping[str, Any]):
 
         Args:
             resource: The handle.
-            value: What stands in for it. It is neither opened nor closed.
+            value: What stands in for it, which is neither opened nor closed; or another handle, whose
+                live value it then is.
             factory: Makes what stands in, with a lifecycle of its own. It takes nothing, or what the
                 resource's own factory takes.
 
@@ -286,8 +348,9 @@ class Lifespan(Mapping[str, Any]):
             StartupError: At the ``async with``: something did not open. Everything is as before.
         """
         made = make_override(resource, value, factory)
-        if not self.declares(made.resource):
-            raise OverrideError(f"{made.location}: {self._why_not_open(made.resource)}")
+        for each in (made.resource, *made.declaration.needs):
+            if not self.declares(each):
+                raise OverrideError(f"{made.location}: {self._why_not_open(each)}")
         return self._patch(made)
 
     @asynccontextmanager
@@ -329,6 +392,7 @@ class Lifespan(Mapping[str, Any]):
         served = (self, *patches)
         for each in served:
             each.live = served[-1]._own
+            each.variables = served[-1]._variables
 
     async def undo(self, patched: Lifespan) -> None:
         """End an override of this lifespan, and those inside it."""
@@ -352,7 +416,10 @@ class Lifespan(Mapping[str, Any]):
     def _read_context(self) -> None:
         self._sandboxing = sandboxing.get()
         if self._sandboxing is not None:
+            from .sandbox._by_gateway import PostgresSandbox  # here, for production never needs it
+
             self.sandboxed = True
+            self.postgres = self._gateway = PostgresSandbox()
             self._sandboxing.lifespans.append(self)
         self._overrides = of_context(self.declares)
         self._plan = overridden(self._base, self._overrides)
@@ -365,6 +432,8 @@ class Lifespan(Mapping[str, Any]):
             registry.running[self.loop] = (*registry.running.get(self.loop, ()), self)
 
     def _retract(self) -> None:
+        if self._gateway is not None:
+            self._gateway.finish()
         if self._sandboxing is not None:
             self._sandboxing.lifespans.remove(self)
         for registry in self._registries:

@@ -6,6 +6,8 @@ CLOSING, and what never begins stays WAITING.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from contextvars import Context, ContextVar
 from enum import Enum, auto
 from math import inf
 from typing import Any
@@ -30,6 +32,21 @@ class State(Enum):
 
 RUNNING = {State.OPENING, State.OPEN, State.CLOSING}
 
+Variables = tuple[tuple[ContextVar[Any], Any], ...]
+"""Context variables that were set, with their values."""
+
+
+def variables_set(base: Context, now: Context) -> Variables:
+    """Return what was set in a context that was *base* once, but for lifekit's own."""
+    with suppress(Exception):  # of a value that can't be compared
+        if now == base:  # at once, where they are the same, as they are almost always
+            return ()
+    return tuple(
+        (variable, value)
+        for variable, value in now.items()
+        if not variable.name.startswith("lifekit.") and base.get(variable, now) is not value
+    )
+
 
 class Node:
     """One resource in one run."""
@@ -38,17 +55,22 @@ class Node:
         "alarm",
         "armed_for",
         "asked",
+        "blocked",
+        "blocked_before",
         "clean",
         "close_began",
         "closed_at",
         "closing_scope",
+        "context",
         "coroutine",
         "cut",
         "declaration",
         "index",
+        "inherited",
         "last_error",
         "left",
         "live",
+        "lost",
         "open_began",
         "opened_at",
         "pending",
@@ -57,10 +79,12 @@ class Node:
         "scope",
         "state",
         "task",
+        "variables",
         "wake",
     )
 
-    coroutine: Any
+    context: Context
+    """The one that it began with."""
     scope: CancelScope
     closing_scope: CancelScope
     task: object
@@ -74,15 +98,21 @@ class Node:
         self.index = index
         self.pending = pending  # parents not yet open; once stopping, children not yet ended
         self.state = State.WAITING
+        self.coroutine: Any = None
         self.phase: Phase = "open"
         self.live: Live | None = None
         self.last_error: BaseException | None = None  # of the attempt before
         self.cut: DeadlineError | None = None  # why lifekit cancelled it, until its task takes it
         self.alarm = inf  # when the time of its phase is up
         self.armed_for = inf  # the seconds that it had
+        self.blocked = 0.0  # seconds for which it kept the event loop from everybody else
+        self.blocked_before = 0.0  # of them those before its alarm was set
+        self.lost = 0.0  # seconds for which others did, as far as its alarm allows for them
         self.asked = False
         self.clean = True
         self.left = False  # behind, by the owner
+        self.inherited: dict[ContextVar[Any], Any] = {}  # what factories before it set
+        self.variables: Variables = ()  # what its own factory did
         self.open_began: float | None = None
         self.opened_at: float | None = None  # or when the opening failed
         self.close_began: float | None = None

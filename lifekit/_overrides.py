@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ._backend import running_loop
-from ._errors import OverrideError
+from ._errors import DeclarationError, OverrideError
 from ._factory import misfit
 from ._graph import Plan
 from ._graph import plan as make_plan
 from ._resource import Options, Resource
 from ._running import current
 from ._stack import caller, definition
+
+if TYPE_CHECKING:
+    from ._lifespan import Lifespan
 
 
 class Missing:
@@ -28,7 +32,7 @@ MISSING: Final = Missing()
 
 @dataclass(eq=False)
 class Override:
-    """One resource's stand-in: a declaration with its own lifecycle, or a value that its giver owns."""
+    """One resource's stand-in: its own declaration, another resource, or its giver's value."""
 
     resource: Resource[Any]
     declaration: Resource[Any]
@@ -65,11 +69,22 @@ def make_override(resource: Resource[Any], value: Any, factory: Callable[..., An
             f"{here}: an override of {name} takes a value, override({name}, value), or a factory, "
             f"override({name}, factory=make_{name})."
         )
+    if isinstance(value, Resource):
+        other: Resource[Any] = value  # pyright: ignore[reportUnknownVariableType]
+        _refuse_another_type(here, resource, other)
+        made = replace(
+            resource, factory=_passed_on, needs=(other,), after=(), options=Options(), location=here
+        )
+        return Override(resource, made, here)
     if factory is None:
         _refuse_wrong_type(here, resource, value)
         made = replace(resource, factory=lambda: value, needs=(), after=(), location=here)
         return Override(resource, made, here, value)
     return Override(resource, _declared(here, resource, factory), here)
+
+
+def _passed_on(value: object) -> object:
+    return value
 
 
 def _refuse_wrong_type(here: str, resource: Resource[Any], value: object) -> None:
@@ -90,8 +105,24 @@ def _refuse_wrong_type(here: str, resource: Resource[Any], value: object) -> Non
     )
 
 
+def _refuse_another_type(here: str, resource: Resource[Any], other: Resource[Any]) -> None:
+    from ._annotations import Unclear, value_type
+
+    try:
+        wanted, given_kind = value_type(resource.factory), value_type(other.factory)
+        if issubclass(given_kind, wanted):
+            return
+    except (Unclear, TypeError):
+        return
+    raise OverrideError(
+        f"{here}: {resource.name} ({resource.location}) is a {wanted.__name__}, and {other.name} "
+        f"({other.location}), a {given_kind.__name__}, would stand in for it. Name a resource of the "
+        f"type {wanted.__name__}, or of a subclass."
+    )
+
+
 def _declared(here: str, resource: Resource[Any], factory: Callable[..., Any]) -> Resource[Any]:
-    if not callable(factory):
+    if issubclass(type(factory), Resource) or not callable(factory):
         raise OverrideError(
             f"{here}: a {type(factory).__name__} stands where a factory is expected. A value is given "
             f"without factory=: override({resource.name}, value)."
@@ -128,7 +159,7 @@ class Overriding:
         """Begin.
 
         Raises:
-            OverrideError: The resource is open already, in a lifespan that this code stands in.
+            OverrideError: The resource is open already, in a lifespan that this code is inside of.
         """
         override = self._override
         if self._entered:
@@ -155,12 +186,34 @@ class Overriding:
         entered.pop(override, None)
         # In another context than it was entered in there is nothing of it to take out.
         overrides.set(tuple(each for each in overrides.get() if each is not override))
-        if error is None and not override.used:
-            here = running_loop()
-            for loop, lifespans in list(override.resource.registry.running.items()):
-                for lifespan in lifespans:
-                    if override.resource in lifespan.live and here in (None, loop):
-                        raise _too_late(override, lifespan.location)
+        if override.used or isinstance(error, OverrideError):
+            return
+        here = running_loop()
+        for loop, lifespans in list(override.resource.registry.running.items()):
+            for lifespan in lifespans:
+                if override.resource not in lifespan.live:
+                    continue
+                late = _too_late(override, lifespan.location)
+                if error is not None:
+                    with suppress(Exception):  # an error of the user's may refuse notes
+                        error.add_note(f"lifekit: {late}")
+                    return
+                if here in (None, loop):
+                    raise late
+
+
+def refuse_useless(lifespan: Lifespan) -> None:
+    """Raise where code inside an override comes to a lifespan that was opened before it.
+
+    At the ``with`` that can't be known: a lifespan that is opened inside uses the override.
+
+    Raises:
+        OverrideError: The override changes nothing so far, and this lifespan has the resource open.
+    """
+    for override in overrides.get():
+        # One of a fixture that lasts is for tests that ask for it: the pytest plugin looks at those.
+        if not override.used and override.fixture is None and override.resource in lifespan.live:
+            raise _too_late(override, lifespan.location)
 
 
 def _too_late(override: Override, opened_at: str) -> OverrideError:
@@ -175,18 +228,34 @@ def _too_late(override: Override, opened_at: str) -> OverrideError:
 
 def of_context(declared: Callable[[Resource[Any]], bool]) -> Overrides:
     """Return the overrides of this context for what is *declared*, and count them as used."""
-    found = {each.resource: each for each in overrides.get() if declared(each.resource)}
-    for each in found.values():
-        each.used = True
+    found: dict[Resource[Any], Override] = {}
+    for each in overrides.get():
+        if declared(each.resource):
+            each.used = True  # also one that another hides: without that it would hold
+            found[each.resource] = each
     return found
 
 
 def overridden(plan: Plan, found: Overrides) -> Plan:
-    """Return the plan in which the overrides *found* stand in."""
+    """Return the plan in which the overrides *found* stand in.
+
+    Raises:
+        OverrideError: A resource stands in for one that it needs, or belongs to no registry here.
+    """
     if not found:
         return plan
     replaced = {resource: each.declaration for resource, each in found.items()}
-    return make_plan("", plan.resources, replaced)
+    try:
+        return make_plan("", plan.resources, replaced)
+    except DeclarationError as error:
+        made = ", ".join(each.location for each in found.values())
+        raise OverrideError(f"the override at {made} can't hold: {error}") from None
+
+
+def check(override: Override, plan: Plan) -> None:
+    """Raise where it can't hold in *plan*, with the overrides of this context around it."""
+    around = {each.resource: each for each in overrides.get() if each.resource in plan.resources}
+    overridden(plan, {**around, override.resource: override})
 
 
 def given(found: Overrides) -> dict[Resource[Any], Any]:

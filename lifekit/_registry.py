@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -15,6 +15,7 @@ from typing import (
     TypeVar,
     TypeVarTuple,
     Unpack,
+    cast,
     overload,
 )
 
@@ -23,9 +24,9 @@ from ._factory import Entered, Produced, misfit
 from ._graph import Plan, duplicate, refuse_duplicates
 from ._graph import plan as make_plan
 from ._lifespan import Lifespan
-from ._overrides import MISSING, Overriding, make_override
-from ._resource import Options, Resource, Step
-from ._stack import caller, caller_frame, definition, frame_line
+from ._overrides import MISSING, Overriding, check, make_override
+from ._resource import Options, Resource, Step, Transient
+from ._stack import Site, caller, caller_frame, definition
 from .asgi import bind_requests
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Declaration(TypedDict, total=False):
     """Seconds for its ``close`` and ``wait_closed`` together; None takes the registry's."""
     retry: int | None
     """How many more attempts to open it where the failure is transient: a server that is not up."""
+    transient: type[Exception] | Collection[type[Exception]] | Callable[[Any], object] | None
+    """Which failures are transient besides those that lifekit knows: types, or a function of it."""
     check: Step | None
     """Raises, or returns False, unless the open value works."""
     close: Step | None
@@ -122,7 +125,8 @@ class Registry:
         timeouts = {"start_timeout": start_timeout, "close_timeout": close_timeout, "grace": grace}
         for option, value in timeouts.items():
             _refuse_unless(_is_seconds(value), option, value, _SECONDS)
-        awaited = inspect.iscoroutinefunction(on_event)
+        call: object = type(on_event).__call__ if callable(on_event) else None
+        awaited = inspect.iscoroutinefunction(on_event) or inspect.iscoroutinefunction(call)
         _refuse_unless(not awaited, "on_event", on_event, "a sync function; it is not awaited")
         self.name = name
         self.start_timeout = start_timeout
@@ -259,17 +263,18 @@ class Registry:
             app: The application, where a framework passes it.
 
         Raises:
-            DeclarationError: A cycle, a duplicate name, or a handle of a registry not included.
+            DeclarationError: A cycle, a duplicate name, or a handle of a registry not included; or the
+                application's start has begun a lifespan of it already.
         """
-        if app is not None:
-            bind_requests(app, self.key)
         frame = caller_frame("starlette", "fastapi")
         in_own_task = frame.f_globals.get("__name__", "").partition(".")[0] in sys.stdlib_module_names
-        where = "the start of the application" if app is not None and in_own_task else frame_line(frame)
-        return Lifespan(self, self.plan(), where)
+        where = "the start of the application" if app is not None and in_own_task else Site(frame)
+        lifespan = Lifespan(self, self.plan(), where)
+        bind_requests(app, lifespan)
+        return lifespan
 
     @overload
-    def override(self, resource: Resource[T], value: T) -> Overriding: ...
+    def override(self, resource: Resource[T], value: T | Resource[T]) -> Overriding: ...
     @overload
     def override(self, resource: Resource[T], *, factory: Callable[..., Entered[T]]) -> Overriding: ...
     @overload
@@ -284,7 +289,8 @@ class Registry:
 
         Args:
             resource: The handle.
-            value: What stands in for it. It is neither opened nor closed.
+            value: What stands in for it, which is neither opened nor closed; or another handle, whose
+                live value it then is.
             factory: Makes what stands in, with a lifecycle of its own. It takes nothing, or what the
                 resource's own factory takes.
 
@@ -293,12 +299,15 @@ class Registry:
                 the ``with``, that it is too late, since a running lifespan has the resource open.
         """
         made = make_override(resource, value, factory)
-        if made.resource not in self.plan().resources:
-            raise OverrideError(
-                f"{made.location}: {made.resource.name} ({made.resource.location}) belongs to the "
-                f"registry {made.resource.registry.name!r}, not to {self.name!r}. Override it there, "
-                "or include that registry: registry.include(other_registry)."
-            )
+        plan = self.plan()
+        for each in (made.resource, *made.declaration.needs):
+            if each not in plan.resources:
+                raise OverrideError(
+                    f"{made.location}: {each.name} ({each.location}) belongs to the "
+                    f"registry {each.registry.name!r}, not to {self.name!r}. Override it there, "
+                    "or include that registry: registry.include(other_registry)."
+                )
+        check(made, plan)
         return Overriding(made)
 
     def __repr__(self) -> str:
@@ -312,7 +321,7 @@ class Registry:
     ) -> Resource[Any]:
         options = options if options is not None else {}
         _refuse_bad_options(options)
-        if not callable(factory):
+        if issubclass(type(factory), Resource) or not callable(factory):
             raise DeclarationError(
                 f"{caller()}: a {type(factory).__name__} stands where a factory is expected. A value "
                 "made beforehand belongs to whichever event loop first uses it; return it from a "
@@ -337,6 +346,7 @@ class Registry:
                 start_timeout=options.get("start_timeout"),
                 close_timeout=options.get("close_timeout"),
                 retry=options.get("retry") or 0,
+                transient=_transient(options.get("transient")),
                 check=options.get("check"),
                 close=options.get("close"),
                 wait_closed=options.get("wait_closed"),
@@ -378,6 +388,7 @@ class Registry:
 
 _SECONDS = "seconds, 0 or more; math.inf is no limit"
 _STEP = "a method's name, or a function of the value"
+_TRANSIENT = "exception types, or a function of the error that is not async"
 
 
 def _is_seconds(value: object) -> bool:
@@ -398,12 +409,37 @@ def _refuse_bad_options(options: Declaration) -> None:
             case "retry":
                 counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
                 _refuse_unless(counts, option, value, "how many more attempts: 0 or more")
+            case "transient":
+                _refuse_unless(_tells_transient(value), option, value, _TRANSIENT)
             case "name":
                 _refuse_unless(isinstance(value, str), option, value, "a name")
             case "check" | "close" | "wait_closed" | "terminate":
                 _refuse_unless(isinstance(value, str) or callable(value), option, value, _STEP)
             case _:
                 pass
+    if "transient" in given and "retry" not in options:
+        raise DeclarationError(
+            f"{caller()}: transient= says which failures are tried again, and retry= is missing, which "
+            "says how often. Add it: retry=3."
+        )
+
+
+def _is_error_type(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
+def _tells_transient(value: object) -> bool:
+    if isinstance(value, type) or not callable(value):
+        several = cast("Collection[object]", value) if isinstance(value, Collection) else [value]
+        return all(map(_is_error_type, several))
+    return not inspect.iscoroutinefunction(value)
+
+
+def _transient(value: Any) -> Transient | None:
+    """Return the types as a tuple, which stays as it is."""
+    if _is_error_type(value):
+        return (value,)
+    return value if callable(value) or value is None else tuple(value)
 
 
 def _refuse_unfit(factory: Callable[..., Any], name: str, location: str, needs: int) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
+import threading
 from collections.abc import Iterator, MutableMapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ._backend import running_loop
 from ._errors import NotOpenError, WrongLoopError
@@ -19,6 +24,13 @@ current: ContextVar[tuple[Lifespan, ...]] = ContextVar("lifekit.current", defaul
 """The lifespans of this context, the innermost first."""
 
 
+class Start(NamedTuple):
+    """In which start of which application a lifespan begins, as far as the stack tells."""
+
+    app: int | None = None
+    frames: frozenset[int] = frozenset()
+
+
 def find(resource: Resource[T]) -> T:
     """Return the value of *resource* in the lifespan that the calling code means.
 
@@ -29,15 +41,18 @@ def find(resource: Resource[T]) -> T:
     here = running_loop()
     elsewhere: Lifespan | None = None
     for lifespan in _candidates(resource, here):
-        if not lifespan.declares(resource):
+        if not lifespan.declares(resource) or lifespan.process != os.getpid():
             continue
-        # A thread without a loop of its own got here with its starter's context.
-        if here is None or lifespan.loop is here:
+        # A thread without a loop of its own got here with its starter's context, which for a thread of
+        # a pool may be that of its first use, whose lifespan is over.
+        if lifespan.loop is here or (
+            here is None and lifespan in resource.registry.running.get(lifespan.loop, ())
+        ):
             return lifespan[resource]  # it is this one's, or nobody's
         if resource in lifespan.live:
             elsewhere = elsewhere or lifespan
     if elsewhere is None and here is not None:
-        others = [each for many in list(resource.registry.running.values()) for each in many]
+        others = [each for many in resource.registry.running.copy().values() for each in many]
         elsewhere = next((each for each in others if resource in each.live), None)
     if elsewhere is None:
         if here is None:
@@ -62,14 +77,30 @@ def _loop_name(loop: object) -> str:
 
 
 def _find_from_thread(resource: Resource[T]) -> T:
-    # A worker thread whose context knows no lifespan, for that was entered in a task of its own:
-    # the loop that started the thread knows.
+    # A thread whose context knows no lifespan, for that was entered in a task of its own: the loop that
+    # started the thread knows, if AnyIO did it.
     from anyio import from_thread
 
     try:
         return from_thread.run_sync(find, resource)
     except RuntimeError:  # no worker thread of AnyIO's
-        raise _not_open(resource, None) from None
+        return _find_in_process(resource)
+
+
+def _find_in_process(resource: Resource[T]) -> T:
+    # Other threads change `running`; a copy is made in one step.
+    innermost: list[Lifespan] = []
+    for loop, lifespans in resource.registry.running.copy().items():
+        here = [each for each in lifespans if each.process == os.getpid()]
+        if here and not getattr(loop, "is_closed", bool)():
+            is_open = (each for each in reversed(here) if resource in each.live)
+            innermost.append(next(is_open, here[-1]))
+    found = [each for each in innermost if resource in each.live] or innermost
+    if len(found) > 1:
+        raise NotOpenError(_ambiguous(resource, found), resource=resource.name)
+    if not found:
+        raise _not_open(resource, None)
+    return found[0][resource]
 
 
 def find_for(resource: Resource[T], scope: MutableMapping[str, Any]) -> T:
@@ -82,7 +113,7 @@ def find_for(resource: Resource[T], scope: MutableMapping[str, Any]) -> T:
     try:
         return find(resource)
     except NotOpenError as error:
-        error.add_note(_request_hint(scope))
+        error.add_note(_request_hint(resource, scope))
         raise
 
 
@@ -92,34 +123,99 @@ def _candidates(resource: Resource[Any], here: object | None) -> Iterator[Lifesp
         yield from reversed(resource.registry.running.get(here, ()))
 
 
+def _ambiguous(resource: Resource[Any], found: list[Lifespan]) -> str:
+    name = resource.name
+    return (
+        f"{name} ({resource.location}) is open in {len(found)} event loops, and this thread belongs to "
+        f"none of them: by the lifespans at {', '.join(each.location for each in found)}.\n"
+        "Start the thread with the context of the code that starts it: asyncio.to_thread(function), "
+        "anyio.to_thread.run_sync(function), or loop.run_in_executor(None, "
+        "contextvars.copy_context().run, function). Or pass it the value: "
+        f"function({name}.get())."
+    )
+
+
 def _not_open(resource: Resource[Any], here: object | None) -> NotOpenError:
     name, registry = resource.name, resource.registry.name
     lines = [f"{name} ({resource.location}) is not open: no lifespan of {registry!r} runs here."]
-    if here is None:
+    if _importing():
         lines.append(
-            "No event loop runs in this thread. At import time there are no values yet: take it in a "
-            "function. In a thread of your own, start it with asyncio.to_thread or "
-            "anyio.to_thread.run_sync, which carry the context along."
+            "At import time there are no values yet: this code runs while a module is imported. Ask "
+            "in a function that is called later, or let it take the value as a parameter."
+        )
+    elif here is not None:
+        lines.append(
+            "In an application: FastAPI(lifespan=registry.lifespan), on the outermost application if "
+            "it is mounted, and a server that runs lifespans. In tests: `with TestClient(app) as "
+            "client` (without `with` it runs no lifespan), and around httpx's ASGITransport, which "
+            "never runs one, `async with registry.lifespan()`. Elsewhere: `async with "
+            "registry.lifespan()` around the code that asks."
+        )
+    elif threading.current_thread() is threading.main_thread():
+        lines.append(
+            "No event loop runs here. Write `async with registry.lifespan():` around the code, in a "
+            "coroutine that asyncio.run() runs."
         )
     else:
         lines.append(
-            "In an application: FastAPI(lifespan=registry.lifespan). In tests: "
-            "`with TestClient(app) as client` (without `with` it runs no lifespan), and around "
-            "httpx's ASGITransport, which never runs one, `async with registry.lifespan()`. "
-            "Elsewhere: `async with registry.lifespan()` around the code that asks."
+            "This thread has no event loop, and no lifespan of the registry runs in this process. "
+            "Start the thread inside `async with registry.lifespan():`, and end it there."
         )
     return NotOpenError("\n".join(lines), resource=name)
 
 
-def _request_hint(scope: MutableMapping[str, Any]) -> str:
+def _importing() -> bool:
+    frame: FrameType | None = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        # What a loop runs is no import, even where a module that is imported runs that loop.
+        if frame.f_globals.get("__name__", "").startswith(("asyncio.", "trio.")):
+            return False
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _request_hint(resource: Resource[Any], scope: MutableMapping[str, Any]) -> str:
+    state = scope.get("state")
+    router = getattr(scope.get("app"), "router", None)
+    given = _opens(getattr(router, "lifespan_context", None), resource)
+    if given and router is not scope.get("router", router):
+        return (
+            "This application is mounted in another one, and Starlette runs the lifespan of the "
+            "outermost application alone. Give it that one: FastAPI(lifespan=registry.lifespan), or "
+            "lifespan=combine(registry.lifespan, its_own) with lifekit.asgi.combine."
+        )
+    if state and resource.registry.key in state:
+        return "The lifespan that serves this request is not open now: it is closing, or closed."
     if (scope.get("client") or ("",))[0] == "testclient":
         return (
             "This request came through a TestClient that ran no lifespan of this registry: write "
             "`with TestClient(app) as client:`, and FastAPI(lifespan=registry.lifespan)."
         )
-    if "state" not in scope:
-        return (
-            "This request carries no lifespan state: its server or test transport (httpx's "
-            "ASGITransport?) ran no lifespan for the application."
+    if state and not given:
+        return "The application was started with another lifespan: FastAPI(lifespan=registry.lifespan)."
+    carries = "This request carries no lifespan state: "
+    if given:
+        return carries + (
+            "its server or test transport ran no lifespan for the application, which has one. uvicorn "
+            "runs none with --lifespan off, daphne and httpx's ASGITransport never do."
         )
-    return "The application was started with another lifespan: FastAPI(lifespan=registry.lifespan)."
+    return carries + (
+        "its server or test transport ran no lifespan (uvicorn --lifespan off, daphne, httpx's "
+        "ASGITransport), or the application has another one: FastAPI(lifespan=registry.lifespan)."
+    )
+
+
+def _opens(slot: object, resource: Resource[Any]) -> bool:
+    """Return whether what stands in a lifespan slot is a lifespan of *resource*, or contains one."""
+    if isinstance(slot, tuple):
+        slots = cast("Any", slot)
+        return any(_opens(each, resource) for each in slots)
+    owner = getattr(slot, "__self__", None)
+    if isinstance(owner, type(resource.registry)):
+        return resource in owner.plan().resources
+    if not callable(slot):
+        return False
+    cells = getattr(inspect.unwrap(slot), "__closure__", None) or ()
+    return any(_opens(each.cell_contents, resource) for each in cells)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from ._backend import TimeLimit, undisturbed
-from ._errors import SandboxBusyError, SandboxError, SandboxEscapedError, summary
-from ._redact import redact_error
+from ._errors import SandboxBusyError, SandboxError, SandboxEscapedError, summary, text_of
 from ._stack import Site
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ class Block:
     def __init__(self, lifespan: Lifespan, location: Site) -> None:
         self.location = location
         self.over: bool = False
-        self.commons: dict[object, object] = {}  # what several values of one block may share
         self.lifespan = lifespan
         self._begun: list[tuple[str, Sandbox]] = []
         self._outer: Block | None = None
@@ -78,6 +76,8 @@ class Block:
         self._outer = current_block.get()
         current_block.set(self)
         try:
+            if lifespan.postgres is not None:
+                await self.begin("PostgreSQL", lifespan.postgres)
             for each in (lifespan, *lifespan.patches):
                 for name, sandbox in each.sandboxes():
                     await self.begin(name, sandbox)
@@ -122,7 +122,9 @@ class Block:
         except Exception as failure:
             if error is None:
                 raise
-            error.add_note(f"lifekit: and its sandbox ended with {summary(failure)}\n{failure}")
+            error.add_note(
+                f"lifekit: and its sandbox ended with {summary(failure)}\n{text_of(failure)}"
+            )
         finally:
             self.lifespan.block = None
 
@@ -155,7 +157,9 @@ class Block:
                     failures.append(SandboxEscapedError(why))
         if interrupt is not None:
             for failure in failures:
-                interrupt.add_note(f"lifekit: and the sandbox ended with {summary(failure)}\n{failure}")
+                interrupt.add_note(
+                    f"lifekit: and the sandbox ended with {summary(failure)}\n{text_of(failure)}"
+                )
             raise interrupt
         if len(failures) == 1:
             raise failures[0]
@@ -172,6 +176,7 @@ async def _end_each(
         try:
             await begun[-1][1].end()
         except Exception as error:
-            redact_error(error)
-            failures.append(error)
+            from ._stand_in import redact_error  # here, so that an import of lifekit costs little
+
+            failures.append(cast("Exception", redact_error(error)))
         begun.pop()

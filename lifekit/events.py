@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ._errors import Phase, summary
 from ._timeline import Timeline
+
+if TYPE_CHECKING:
+    from ._lifespan import Lifespan
 
 logger: logging.Logger = logging.getLogger("lifekit")
 
@@ -15,6 +19,8 @@ logger: logging.Logger = logging.getLogger("lifekit")
 class _Event:
     registry: str
     """The name of the registry whose lifespan it is."""
+    lifespan: Lifespan | None = field(default=None, kw_only=True, repr=False, compare=False)
+    """The lifespan itself, where several of one registry run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,18 @@ class Opened(_ResourceEvent):
 
     seconds: float
     description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked(_ResourceEvent):
+    """An opening or closing kept the event loop from everybody else for *seconds*.
+
+    *line* is where it stood then, or else where its factory is.
+    """
+
+    phase: Phase
+    seconds: float
+    line: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +119,7 @@ class Stopped(_Event):
 Event = (
     Opening
     | Retrying
+    | Blocked
     | Opened
     | OpenFailed
     | Started
@@ -132,6 +151,14 @@ def log(event: Event) -> None:
             )
         case CloseFailed():
             logger.error(f"{event.resource} failed in {event.phase}: {summary(event.error)}")
+        case Blocked():
+            # While it starts nobody is served, and a model is loaded.
+            level = logging.INFO if event.phase in ("open", "check") else logging.WARNING
+            logger.log(
+                level,
+                f"{event.resource} blocked the event loop for {event.seconds:.2f} s in {event.phase}: "
+                f"{event.line}",
+            )
         case Terminated():
             logger.warning(f"{event.resource} terminated")
         case Started() | Stopped():

@@ -71,39 +71,57 @@ def _check_marker(item: pytest.Item) -> None:
 def lifekit_app(pytestconfig: pytest.Config) -> ASGIApp:
     """The application that `lifekit_app` in the ini file names.
 
-    A session-scoped fixture of the same name in a project's conftest.py takes its place.
+    A fixture of the same name, of any scope, takes its place for the tests that see it: in a
+    conftest.py for those of its folder, in a module or a class for those there. The application is open
+    for as long as the fixture lasts, and as the event loop of the tests does.
     """
     from lifekit.testing._pytest import load
 
     return load(_named(pytestconfig), pytestconfig)
 
 
+@pytest.fixture(scope="session")
+def lifekit_client_options() -> dict[str, Any]:
+    """Options for `client` and `sync_client`: a fixture of the same name, of any scope, says them.
+
+    A dict: ``base_url``, ``headers``, ``cookies`` and what else httpx's ``AsyncClient`` or Starlette's
+    ``TestClient`` takes; each client gets what it knows. ``client_class`` is the class of `client`,
+    ``sync_client_class`` that of `sync_client`.
+    """
+    return {}
+
+
 @pytest.fixture
-def client(request: pytest.FixtureRequest) -> AsyncClient:
+def client(_lifekit_place: Place, lifekit_client_options: dict[str, Any]) -> AsyncClient:
     """A client of the application, for an async test; it runs in that test's event loop."""
-    return _place(request).client()
+    return _lifekit_place.client(lifekit_client_options)
 
 
 @pytest.fixture
-def sync_client(request: pytest.FixtureRequest) -> TestClient:
+def sync_client(_lifekit_place: Place, lifekit_client_options: dict[str, Any]) -> TestClient:
     """Starlette's ``TestClient`` of the application, for a sync test; it runs in a thread."""
-    return _place(request).sync_client()
+    return _lifekit_place.sync_client(lifekit_client_options)
 
 
 @pytest.fixture
-def lifespan(request: pytest.FixtureRequest) -> Lifespan:
-    """The application's running lifespan; in a sync test, the one that `sync_client` talks to."""
-    return _place(request).lifespan()
+def lifespan(_lifekit_place: Place) -> Lifespan:
+    """The application's running lifespan.
+
+    In a sync test it is the one that `sync_client` talks to; where async fixtures of such a test use
+    it, it runs in their event loop.
+    """
+    return _lifekit_place.lifespan()
 
 
 @pytest.fixture
-def sandbox(request: pytest.FixtureRequest) -> Block:
+def sandbox(_lifekit_place: Place) -> Block:
     """The block at whose end everything is undone that the test did to the lifespan's values."""
-    return _place(request).sandbox()
+    return _lifekit_place.sandbox()
 
 
-def _place(request: pytest.FixtureRequest) -> Place:
-    """Return where the application runs for this test, in the block of this test."""
+@pytest.fixture
+def _lifekit_place(request: pytest.FixtureRequest, lifekit_app: ASGIApp) -> Place:
+    """Where the application runs for this test, in the block of this test."""
     from lifekit.testing import _pytest
 
     _check_marker(request.node)  # of a test of unittest's, which is collected otherwise

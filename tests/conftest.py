@@ -12,6 +12,9 @@ from anyio.from_thread import start_blocking_portal
 
 from lifekit import embedded
 
+# A guard against hangs: on a busy machine initdb alone may take as long as it has elsewhere.
+embedded._START_SECONDS = 300.0  # pyright: ignore[reportPrivateUsage]
+
 os.environ.pop("DATABASE_URL", None)
 os.environ.pop("REDIS_URL", None)
 # A script's `make test &` has a shell ignore Ctrl-C, and what it starts inherits that.
@@ -37,8 +40,8 @@ def _served(server: AbstractAsyncContextManager[embedded.Server]) -> Iterator[em
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[embedded.Server]:
-    """A real PostgreSQL server, shared by the run."""
-    yield from _served(embedded.postgres())
+    """A real PostgreSQL server, shared by the run; its sessions are those of the tests alone."""
+    yield from _served(embedded.postgres(settings={"autovacuum": "off"}))
 
 
 @pytest.fixture(scope="session")

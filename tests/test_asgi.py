@@ -3,16 +3,22 @@
 # No `from __future__ import annotations`: FastAPI could not resolve Depends(<a local name>) then.
 
 import asyncio
+import contextvars
 import gc
+import importlib
 import json
+import os
 import re
+import sys
 import threading
 import traceback
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from types import ModuleType
-from typing import Annotated, Any, Literal
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Annotated, Any, Literal, cast
 
 import anyio
 import anyio.to_thread
@@ -24,12 +30,14 @@ from anyio.lowlevel import checkpoint
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, WebSocket
 from fastapi.responses import StreamingResponse
 from starlette.applications import Starlette
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import JSONResponse
 from starlette.routing import Route, Router
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lifekit import DeclarationError, NotOpenError, Registry, Resource, StartupError, WrongLoopError
+from lifekit._backend import running_loop
 from lifekit.asgi import combine
 
 pytestmark = pytest.mark.anyio
@@ -217,7 +225,7 @@ async def test_depends_never_hops_to_a_worker_thread() -> None:
         limiter = anyio.to_thread.current_default_thread_limiter()
         limiter.total_tokens = 1
         await limiter.acquire_on_behalf_of(client)
-        with fail_after(5):
+        with fail_after(60):
             assert await client.get("/depends") == 1
             assert await client.socket("/socket") == [1, 1, 1]
         limiter.release_on_behalf_of(client)
@@ -380,7 +388,7 @@ async def test_requests_at_the_same_time_find_each_their_own() -> None:
         found.append((number, await client.get("/")))
 
     async with serving(app) as one, serving(app) as two:
-        with fail_after(5):
+        with fail_after(60):
             async with create_task_group() as tasks:
                 for number, client in (1, one), (2, two), (1, one), (2, two):
                     tasks.start_soon(ask, number, client)
@@ -461,6 +469,177 @@ async def test_an_application_can_be_served_again() -> None:
             assert await numbers(client) == {number}
 
 
+# -- an application whose middleware is built anew -------------------------------------------------
+
+
+def set_to_none(app: FastAPI) -> None:
+    app.middleware_stack = None
+
+
+def build_again(app: FastAPI) -> None:
+    app.middleware_stack = app.build_middleware_stack()
+
+
+def instrument_and_take_back(app: FastAPI) -> None:
+    """As OpenTelemetry's instrumentor: it puts back what it found before the start."""
+    app.build_middleware_stack = app.state.found  # type: ignore[method-assign]
+    app.middleware_stack = app.build_middleware_stack()
+
+
+def wrap(app: FastAPI) -> None:
+    stack = app.middleware_stack
+    assert stack is not None
+    app.middleware_stack = lambda scope, receive, send: stack(scope, receive, send)
+
+
+class Failure(Exception):
+    """What a route raises for an exception handler."""
+
+
+def everywhere(registry: Registry, shop: Resource[Shop], *more: Callable[[Any], Any]) -> FastAPI:
+    """An application that notes the shops that its middleware and its handlers find."""
+    app = FastAPI(lifespan=combine(registry.lifespan, *more))
+    add_ways(app, shop)
+    app.state.found = app.build_middleware_stack
+    app.state.seen = []
+
+    def note(request: Request) -> None:
+        app.state.seen += [shop.get().number, request.state.shop.number]
+
+    @app.middleware("http")
+    async def around(request: Request, call_next: Any) -> Any:
+        note(request)
+        return await call_next(request)
+
+    @app.exception_handler(Failure)
+    @app.exception_handler(Exception)
+    async def handler(request: Request, error: Exception) -> JSONResponse:
+        note(request)
+        return JSONResponse(shop.get().number)
+
+    @app.get("/fails")
+    async def fails() -> None:
+        raise Failure
+
+    @app.get("/breaks")
+    async def breaks() -> None:
+        raise KeyError
+
+    return app
+
+
+# Starlette 0.46, on trio, leaves the body of a request to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Async generator 'starlette.requests:ResourceWarning")
+@pytest.mark.parametrize("when", ["at the start", "while it serves"])
+@pytest.mark.parametrize("rebuild", [set_to_none, build_again, instrument_and_take_back, wrap])
+async def test_all_ways_agree_whatever_builds_the_middleware_anew(
+    rebuild: Callable[[FastAPI], None], when: str
+) -> None:
+    """With two lifespans at once, and under an override, in middleware and handlers as well."""
+
+    @asynccontextmanager
+    async def old(app: FastAPI) -> AsyncGenerator[None]:
+        if when == "at the start":
+            rebuild(app)
+        yield
+
+    registry, shop = numbered()
+    app = everywhere(registry, shop, old)
+    async with serving(app) as one, serving(app) as two:
+        if when == "while it serves":
+            rebuild(app)
+        for client, number in ((one, 1), (two, 2), (one, 1)):
+            assert await numbers(client) == {number}
+            assert await client.get("/fails") == number
+            with pytest.raises(KeyError):
+                await client.get("/breaks")
+            assert set(app.state.seen) == {number}
+            app.state.seen.clear()
+        lifespan = registry.running[running_loop()][0]
+        async with lifespan.override(shop, Shop(99)):
+            assert await numbers(one) == {99}
+            assert set(app.state.seen) == {99}
+
+
+async def test_a_started_application_looks_as_it_did() -> None:
+    """To code that looks at its class, its middleware, its attributes; also after many starts."""
+
+    class App(FastAPI):
+        """An application's own class."""
+
+    registry, shop = numbered()
+    app, other = App(lifespan=registry.lifespan), App(lifespan=registry.lifespan)
+    add_ways(app, shop)
+    build, attributes = app.build_middleware_stack, set(vars(app))
+    assert app.user_middleware == []
+    async with app.router.lifespan_context(app):
+        app.add_middleware(GZipMiddleware)  # entering it by hand built nothing
+    for _ in range(100):
+        async with serving(app):
+            pass
+    async with serving(other), serving(app) as client:
+        assert await client.get("/get") == 103
+    assert isinstance(app, App)
+    assert type(app) is type(other)
+    assert repr(type(app)) == repr(App)
+    assert len(type(app).mro()) == len(App.mro()) + 1
+    assert app.build_middleware_stack == build
+    assert [str(each.cls) for each in app.user_middleware] == [str(GZipMiddleware)]
+    assert {each for each in set(vars(app)) - attributes if not each.startswith("_lifekit")} == set()
+
+
+class Picky(FastAPI):
+    """An application whose class wants to know something of each that derives from it."""
+
+    def __init_subclass__(cls, *, team: str) -> None: ...
+
+
+class Sealed(FastAPI):
+    """An application that says which class it is of."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[FastAPI]:  # type: ignore[override]
+        return FastAPI
+
+
+@pytest.mark.parametrize("kind", [Picky, Sealed])
+async def test_an_application_whose_class_can_t_be_changed_starts_all_the_same(
+    kind: type[FastAPI],
+) -> None:
+    """And its requests find their own lifespans."""
+    registry, shop = numbered()
+    app = kind(lifespan=registry.lifespan)
+    add_ways(app, shop)
+    async with serving(app) as one, serving(app) as two:
+        assert await numbers(one) == {1}
+        assert await numbers(two) == {2}
+
+
+async def test_middleware_around_the_application_sees_what_a_request_left_in_its_state() -> None:
+    """Under an override as well."""
+    registry, shop = numbered()
+    app = FastAPI(lifespan=registry.lifespan)
+    left: list[str] = []
+
+    @app.get("/")
+    async def route(request: Request) -> int:
+        request.state.user = "ann"
+        number: int = request.state.shop.number
+        return number
+
+    async def around(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, receive, send)
+        if scope["type"] == "http":
+            left.append(scope["state"]["user"])
+
+    async with serving(around) as client:
+        lifespan = registry.running[running_loop()][0]
+        async with lifespan.override(shop, Shop(99)):
+            assert await client.get("/") == 99
+        assert await client.get("/") == 1
+    assert left == ["ann", "ann"]
+
+
 # -- several registries in one application ---------------------------------------------------------
 
 
@@ -529,6 +708,116 @@ async def test_a_router_that_is_served_alone_reaches_values() -> None:
         assert await client.get("/sync") == [1, 1]
         async with registry.lifespan():
             assert (await client.get("/async"))[0] == 1
+
+
+def on_both(registry: Registry) -> FastAPI:
+    app = FastAPI(lifespan=registry.lifespan)
+    app.include_router(APIRouter(lifespan=registry.lifespan))
+    return app
+
+
+def on_a_router_included_twice(registry: Registry) -> FastAPI:
+    app, router = FastAPI(), APIRouter(lifespan=registry.lifespan)
+    app.include_router(router, prefix="/one")
+    app.include_router(router, prefix="/two")
+    return app
+
+
+def on_a_router_in_a_router(registry: Registry) -> FastAPI:
+    app, router = FastAPI(lifespan=registry.lifespan), APIRouter()
+    router.include_router(APIRouter(lifespan=registry.lifespan))
+    app.include_router(router)
+    return app
+
+
+def on_a_lifespan_of_ones_own_and_a_router(registry: Registry) -> FastAPI:
+    @asynccontextmanager
+    async def own(app: FastAPI) -> AsyncGenerator[Any]:
+        async with registry.lifespan() as state:
+            yield state
+
+    app = FastAPI(lifespan=own)
+    app.include_router(APIRouter(lifespan=registry.lifespan))
+    return app
+
+
+def on_a_router_of_an_included_registry(registry: Registry) -> FastAPI:
+    outer = Registry("outer")
+    outer.include(registry)
+    app = FastAPI(lifespan=outer.lifespan)
+    app.include_router(APIRouter(lifespan=registry.lifespan))
+    return app
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "made",
+    [
+        on_both,
+        on_a_router_included_twice,
+        on_a_router_in_a_router,
+        on_a_lifespan_of_ones_own_and_a_router,
+        on_a_router_of_an_included_registry,
+    ],
+)
+def test_a_registry_that_one_start_would_open_twice_is_refused(
+    made: Callable[[Registry], FastAPI], backend: Backend
+) -> None:
+    """What had opened is closed; the error names the resource, and the mend."""
+    registry, shop = numbered()
+    closed: list[str] = []
+
+    @registry.resource(shop)
+    def watched(shop: Shop) -> Iterator[int]:
+        yield 1
+        closed.append("once")
+
+    client = TestClient(made(registry), backend=backend)
+    with pytest.raises(DeclarationError, match="opened twice in one start") as caught, client:
+        pytest.fail("it started")
+    assert shop.location in str(caught.value)
+    assert "APIRouter() without a lifespan" in str(caught.value)
+    assert closed == ["once"]
+    assert not registry.running
+
+
+async def test_one_application_may_start_twice_at_once_by_hand_in_one_task() -> None:
+    """Those are two starts, though FastAPI has merged the lifespan with a router's."""
+    registry, _ = numbered()
+    app, other = with_router(registry), with_router(registry)
+    async with AsyncExitStack() as stack:
+        for each in (app, app, other):
+            await stack.enter_async_context(each.router.lifespan_context(each))
+        await stack.enter_async_context(registry.lifespan())
+        assert [len(each) for each in registry.running.values()] == [4]
+
+
+async def test_it_may_start_again_where_it_was_entered_and_not_left() -> None:
+    """What is over is no start, though its context still knows of it."""
+    registry, shop = numbered()
+    app = with_router(registry)
+    for number in range(1, 9):
+        stack = AsyncExitStack()
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        assert shop.get().number == number
+        async with create_task_group() as tasks:
+            tasks.start_soon(stack.aclose)
+
+
+async def test_a_lifespan_of_an_application_may_open_another_of_its_registry() -> None:
+    """`async with registry.lifespan()` inside another is what it says."""
+    registry, shop = numbered()
+
+    @asynccontextmanager
+    async def own(app: FastAPI) -> AsyncGenerator[Any]:
+        async with registry.lifespan(app) as state, registry.lifespan() as inner:
+            assert inner[shop].number == 2
+            yield state
+
+    app = FastAPI(lifespan=own)
+    add_ways(app, shop)
+    async with serving(app) as client:
+        assert await client.get("/depends") == 1
 
 
 # -- an old lifespan -------------------------------------------------------------------------------
@@ -668,31 +957,164 @@ async def test_an_application_with_another_lifespan_is_told_of_the_registrys() -
     assert "started with another lifespan" in told(caught.value)
 
 
-def test_use_at_import_time_is_told_to_use_a_function() -> None:
-    """No event loop runs then."""
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_use_at_import_time_is_told_to_use_a_function(
+    in_a_loop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a server imports the application in its event loop, as uvicorn does."""
     _, shop = numbered()
+    monkeypatch.setitem(sys.modules, "shop_of_the_test", cast("ModuleType", SimpleNamespace(shop=shop)))
+    monkeypatch.syspath_prepend(str(tmp_path))  # pyright: ignore[reportUnknownMemberType]
+    name = f"asks_when_imported_{in_a_loop}"
+    (tmp_path / f"{name}.py").write_text("from shop_of_the_test import shop\nshop.get()\n")
+
+    async def import_it() -> None:
+        importlib.import_module(name)
+
     with pytest.raises(NotOpenError, match="At import time there are no values yet"):
+        asyncio.run(import_it()) if in_a_loop else importlib.import_module(name)
+
+
+def test_a_script_outside_of_any_lifespan_is_told_to_run_one() -> None:
+    """No import is going on."""
+    _, shop = numbered()
+    with pytest.raises(
+        NotOpenError, match=r"async with registry\.lifespan\(\):.*asyncio\.run"
+    ) as caught:
         shop.get()
+    assert "import time" not in str(caught.value)
 
 
-async def test_a_thread_of_ones_own_is_told_how_to_start_one_that_works() -> None:
-    """It has no context to tell which lifespan it means; those that it is told of have one."""
-    registry, shop = numbered()
-    caught: list[NotOpenError] = []
+def in_a_thread(ask: Callable[[], Shop]) -> Shop | NotOpenError:
+    """Return what is answered in a thread that has no context; there is no loop in it, either."""
+    found: list[Shop | NotOpenError] = []
 
-    def ask() -> None:
+    def run() -> None:
         try:
-            shop.get()
+            found.append(ask())
         except NotOpenError as error:
-            caught.append(error)
+            found.append(error)
 
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+async def test_a_thread_without_a_context_finds_the_one_lifespan_of_the_process() -> None:
+    """As it is at the time: overridden, and the innermost one of its loop."""
+    registry, shop = numbered()
+    assert "no lifespan of the registry runs in this process" in str(in_a_thread(shop.get))
     async with registry.lifespan() as lifespan:
-        thread = threading.Thread(target=ask)
+        assert in_a_thread(shop.get) is lifespan[shop]
+        async with lifespan.override(shop, Shop(99)) as patched:
+            assert in_a_thread(shop.get) is patched[shop]
+        async with registry.lifespan() as inner:
+            assert in_a_thread(shop.get) is inner[shop]
+        assert in_a_thread(shop.get) is lifespan[shop]
+    assert isinstance(in_a_thread(shop.get), NotOpenError)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_run_in_executor_finds_a_lifespan_that_another_task_entered() -> None:
+    """As the sync handlers of Litestar and of Quart do, which no thread of AnyIO's runs."""
+    registry, shop = numbered()
+    async with entered_elsewhere(registry.lifespan):
+        found = await asyncio.get_running_loop().run_in_executor(None, shop.get)
+        assert found is shop.get()
+
+
+async def test_a_thread_is_told_of_the_lifespans_of_two_loops_and_how_to_say_which() -> None:
+    """The context says it."""
+    registry, shop = numbered()
+    ended = threading.Event()
+
+    def other_loop(opened: Callable[[], object]) -> None:
+        async def main() -> None:
+            async with registry.lifespan():
+                opened()
+                await anyio.to_thread.run_sync(ended.wait)
+
+        anyio.run(main)
+
+    opened = threading.Event()
+    async with registry.lifespan() as mine:
+        thread = threading.Thread(target=other_loop, args=[opened.set])
         thread.start()
-        await anyio.to_thread.run_sync(thread.join)
-        assert await anyio.to_thread.run_sync(shop.get) is lifespan[shop]
-    assert "asyncio.to_thread" in str(caught[0])
-    assert "anyio.to_thread.run_sync" in str(caught[0])
+        try:
+            await anyio.to_thread.run_sync(opened.wait)
+            error = str(in_a_thread(shop.get))
+            with_context = partial(contextvars.copy_context().run, shop.get)
+            assert in_a_thread(with_context) is mine[shop]
+        finally:
+            ended.set()
+            thread.join()
+    assert "open in 2 event loops" in error
+    for way in "asyncio.to_thread", "anyio.to_thread.run_sync", "copy_context().run", "shop.get()":
+        assert way in error
+
+
+async def test_a_forked_process_does_not_get_the_values_of_its_parent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would share their sockets."""
+    registry, shop = numbered()
+    async with registry.lifespan():
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        assert isinstance(in_a_thread(shop.get), NotOpenError)
+        assert isinstance(in_a_thread(partial(contextvars.copy_context().run, shop.get)), NotOpenError)
+
+
+def with_router(registry: Registry) -> FastAPI:
+    """An application whose lifespan FastAPI has merged with that of a router."""
+    app = FastAPI(lifespan=registry.lifespan)
+    app.include_router(APIRouter())
+    return app
+
+
+def without_router(registry: Registry) -> FastAPI:
+    """An application whose lifespan is the registry's own."""
+    return FastAPI(lifespan=registry.lifespan)
+
+
+each_slot = pytest.mark.parametrize("made", [without_router, with_router])
+
+
+@each_slot
+@pytest.mark.parametrize("state", [None, {}], ids=["daphne", "uvicorn --lifespan off"])
+async def test_a_server_that_ran_no_lifespan_is_named(
+    state: dict[str, Any] | None, made: Callable[[Registry], FastAPI]
+) -> None:
+    """The application has one: it needs no other line."""
+    registry, shop = numbered()
+    app = made(registry)
+    add_ways(app, shop)
+
+    async def served(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope if state is None else {**scope, "state": state}, receive, send)
+
+    with pytest.raises(NotOpenError) as caught:
+        await Client(served).get("/depends")
+    [note] = caught.value.__notes__
+    assert "--lifespan off, daphne" in note
+    assert "FastAPI(lifespan=" not in note
+
+
+@each_slot
+@pytest.mark.parametrize("outer", ["none", "another"])
+def test_a_mounted_application_is_told_that_its_lifespan_does_not_run(
+    outer: str, made: Callable[[Registry], FastAPI]
+) -> None:
+    """Whatever the outermost one has: that is where it belongs."""
+    registry, shop = numbered()
+    mounted = made(registry)
+    add_ways(mounted, shop)
+    app = FastAPI() if outer == "none" else FastAPI(lifespan=numbered("other")[0].lifespan)
+    app.mount("/mounted", mounted)
+    with TestClient(app) as client, pytest.raises(NotOpenError) as caught:
+        client.get("/mounted/depends")
+    assert "the outermost application alone" in told(caught.value)
+    assert "TestClient that ran no lifespan" not in told(caught.value)
 
 
 async def test_another_event_loop_is_told_of_both_loops_and_of_the_line_that_opened_it() -> None:
@@ -703,7 +1125,8 @@ async def test_another_event_loop_is_told_of_both_loops_and_of_the_line_that_ope
 
     def ask_in_another_loop() -> None:
         async def ask() -> None:
-            for way in shop.get, lambda: lifespan[shop]:
+            ways: list[Callable[[], Shop]] = [shop.get, lambda: lifespan[shop]]
+            for way in ways:
                 with pytest.raises(WrongLoopError) as error:
                     way()
                 caught.append(error.value)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from itertools import combinations
-from typing import Any, Self
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any, Self, cast
 
 import anyio
 import pytest
+import sqlalchemy
 from anyio.lowlevel import checkpoint
 
 from lifekit import Driver, Registry, ShutdownError, StartupError, drivers, events
+from lifekit._closing import reached_in
 
 from .virtual_time import run
 
@@ -93,6 +99,13 @@ class Entered(Value):
         self.note(f"exit {exc}")
 
 
+class WithDispose(Value):
+    """A value that is closed by another name."""
+
+    def dispose(self) -> None:
+        self.note("dispose")
+
+
 class WithTerminate(Value):
     """A value that can be cut off."""
 
@@ -139,6 +152,7 @@ RULES: list[tuple[type[Value], list[str]]] = [  # in the order in which they win
     (AsyncEntered, ["aenter", f"aexit {LEFT}"]),
     (WithClose, ["close"]),
     (Entered, ["enter", f"exit {LEFT}"]),
+    (WithDispose, ["dispose"]),
     (Value, []),
 ]
 
@@ -454,7 +468,186 @@ async def test_a_failed_closing_names_its_phase_and_the_closing_before_it_goes_o
 
 
 async def test_a_value_with_a_terminate_alone_is_not_cut_off_at_an_ordinary_end() -> None:
-    assert (await opened_and_closed(WithTerminate)).log == []
+    with pytest.warns(RuntimeWarning, match=r"would stay open .* which has terminate\(\)"):
+        assert (await opened_and_closed(WithTerminate)).log == []
+
+
+# -- what is open already, or closed by another name -----------------------------------------------
+
+
+def as_found_open(value: Value) -> Callable[[], Any]:
+    """Return an async factory that returns *value*."""
+
+    async def factory() -> Value:
+        await checkpoint()
+        return value
+
+    return factory
+
+
+class Shutdown(Value):
+    """A value that is closed by a shutdown that takes options."""
+
+    async def shutdown(self, *, wait: bool = True) -> None:
+        await checkpoint()
+        self.note(f"shutdown {wait}")
+
+
+class Stop(Value):
+    """A value whose stop has to be told how long it may take."""
+
+    async def stop(self, grace: float) -> None:
+        await checkpoint()
+        self.note(f"stop {grace}")
+
+
+class StartedByEntering(Value):
+    """A broker: entering it starts it, and returns nothing."""
+
+    async def __aenter__(self) -> None:
+        self.note("started")
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.note("left")
+
+
+@pytest.mark.parametrize(
+    ("kind", "story"),
+    [
+        (Shutdown, ["shutdown True"]),
+        (Stop, ["stop 2.0"]),
+        (AsyncEntered, [f"aexit {LEFT}"]),
+        (Entered, [f"exit {LEFT}"]),
+        (kind_of(AsyncEntered, Shutdown), ["shutdown True"]),
+        (kind_of(AsyncEntered, WithClose), ["close"]),
+        (StartedByEntering, ["left"]),
+    ],
+)
+async def test_what_an_async_function_returns_is_open_already(
+    kind: type[Value], story: list[str]
+) -> None:
+    value = kind()
+    assert await opened_and_closed(as_found_open(value), close_timeout=4) is value
+    assert value.log == story
+
+
+@pytest.mark.parametrize("kind", [Shutdown, Stop])
+async def test_other_names_of_a_closing_count_where_nothing_else_does(kind: type[Value]) -> None:
+    assert len((await opened_and_closed(kind)).log) == 1
+    assert (await opened_and_closed(kind_of(WithClose, kind))).log == ["close"]
+
+
+async def test_a_value_that_is_entered_and_gives_nothing_is_the_value() -> None:
+    value = StartedByEntering()
+    assert await opened_and_closed(lambda: value) is value
+    assert value.log == ["started", "left"]
+
+
+async def test_a_value_passed_on_is_closed_by_the_resource_that_it_came_from() -> None:
+    registry = Registry()
+    first = registry.resource(name="first")(WithCloseAndWait)
+    registry.resource(first, name="alias")(lambda value: value)
+    registry.resource(first, name="both")(lambda value: [value])
+    async with registry.lifespan() as lifespan:
+        value = lifespan[first]
+    assert value.log == ["close", "wait_closed"]
+
+
+@on_asyncio
+async def test_a_task_is_cancelled_and_waited_for() -> None:
+    log: list[str] = []
+
+    async def poll() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await checkpoint()
+            log.append("ended")
+
+    async def start() -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(poll())
+        await checkpoint()
+        return task
+
+    task = await opened_and_closed(start)
+    assert (task.cancelled(), log) == (True, ["ended"])
+
+
+@on_asyncio
+async def test_a_task_that_failed_while_it_was_open_is_told_of_at_the_end() -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError("poller")
+
+    async def start() -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(fail())
+
+    assert await failures_of(start) == ["poller"]
+
+
+async def test_an_engine_of_sync_sqlalchemy_is_disposed() -> None:
+    engine = sqlalchemy.create_engine("sqlite://")
+    pool = engine.pool
+    assert await opened_and_closed(lambda: engine) is engine
+    assert engine.pool is not pool
+
+
+@on_asyncio
+@pytest.mark.parametrize("make", [asyncio.Lock, asyncio.Condition, threading.Lock, anyio.Lock])
+async def test_a_lock_is_not_taken(make: Callable[[], Any]) -> None:
+    registry = Registry()
+    handle = registry.resource(name="lock")(make)
+    async with registry.lifespan() as lifespan:
+        locked = lifespan[handle].locked
+        assert not (locked() if callable(locked) else locked)
+
+
+@pytest.mark.parametrize("value", [Path("file"), SimpleNamespace(shutdown=None)])
+async def test_a_path_is_not_entered_and_an_attribute_is_no_method(value: object) -> None:
+    assert await opened_and_closed(lambda: value) is value
+
+
+@on_asyncio
+async def test_the_event_loop_is_left_to_whoever_runs_it() -> None:
+    loop = asyncio.get_running_loop()
+    assert await opened_and_closed(lambda: loop) is loop
+    assert await opened_and_closed(lambda: {"loop": loop}) == {"loop": loop}
+
+
+async def test_what_a_module_has_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    monkeypatch.setattr(logging, "shutdown", lambda: called.append(1))
+    assert await opened_and_closed(lambda: logging) is logging
+    assert not called
+
+
+class StopsWith(Value):
+    """A value whose stop wants what nobody knows."""
+
+    def stop(self, reason: str) -> None: ...
+
+
+class Process(Value):
+    """A value that can be killed, and not closed."""
+
+    def kill(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (StopsWith, r"a StopsWith, which has stop\(\)"),
+        (Process, r"a Process, which has kill\(\)"),
+        (lambda: [1, WithClose()], "the WithClose in a list"),
+        (lambda: {"a": AsyncEntered(), "b": Driven()}, "the Driven in a dict"),
+    ],
+)
+async def test_what_would_stay_open_is_told_of_as_it_opens(make: Callable[[], Any], what: str) -> None:
+    with pytest.warns(RuntimeWarning, match=rf"value \(.*test_closing\.py:\d+.*{what}.*close=lambda"):
+        await opened_and_closed(make)
+    await opened_and_closed(make, close=note_nothing)
+
+
+def note_nothing(value: object) -> None: ...
 
 
 # -- generators and context managers carry their own closing ---------------------------------------
@@ -767,3 +960,19 @@ def test_a_held_deadline_that_passes_under_the_body_comes_out_at_the_closing(bac
 
     run(main, backend)
     assert log == ["body ended", "asyncios left", "strict closing", "patient left"]
+
+
+@pytest.mark.parametrize(
+    ("names", "server"),
+    [
+        ({"url": f"amqp://a:{'x' * 7}@mq/x?y=1", "host": "localhost", "port": 1}, "amqp://a:***@mq/x"),
+        ({"host": "db", "port": 5432}, "db:5432"),
+        ({"conninfo": "host=db", "params": {"host": "db", "port": "5432"}}, "db:5432"),
+        ({"params": [1], "url": "/relative"}, ""),
+    ],
+)
+def test_what_a_hanging_frame_was_to_reach_is_its_url_before_a_default_host(
+    names: dict[str, object], server: str
+) -> None:
+    frame = SimpleNamespace(f_globals={}, f_locals=names)
+    assert reached_in([cast("FrameType", frame)], ()) == server

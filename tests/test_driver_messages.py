@@ -289,7 +289,7 @@ async def psycopg_closed(servers: Servers) -> None:
 @program
 async def psycopg_all_in_use(servers: Servers) -> None:
     pool = AsyncConnectionPool(servers.postgres, min_size=1, timeout=0.05, open=False)
-    async with pool, pool.connection(timeout=5), pool.connection():
+    async with pool, pool.connection(timeout=60), pool.connection():
         pass
 
 
@@ -379,8 +379,11 @@ async def redis_finds_no_server(_: Servers) -> None:
 
 @program
 async def redis_waits_longer_than_its_socket(servers: Servers) -> None:
-    async with redis.from_url(servers.valkey, socket_timeout=0.05, socket_connect_timeout=10) as client:
-        await client.blpop(["nothing"], timeout=1)
+    client: Any = redis.from_url(servers.valkey, socket_connect_timeout=60)
+    async with client:
+        await client.ping()
+        client.connection_pool._available_connections[0].socket_timeout = 0.05
+        await client.blpop(["nothing"], timeout=60)
 
 
 @program
@@ -540,6 +543,8 @@ PAINFUL = re.compile(
 NOT_SAID_HERE: list[str] = [
     *(["a different loop than the one specified"] if sys.version_info >= (3, 12) else []),
     *(["ResourceWarning: loop is closed"] if sys.version_info[:2] == (3, 12) else []),
+    *(["object MagicMock can't be"] if sys.version_info >= (3, 14) else []),
+    *(["'MagicMock' object can't be"] if sys.version_info < (3, 14) else []),
 ]
 
 

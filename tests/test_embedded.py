@@ -72,7 +72,7 @@ def _processes(place: Path) -> list[psutil.Process]:
 
 def _left(place: Path) -> list[object]:
     """What is in *place*, and what still runs there after the time an orphan has to end."""
-    running = psutil.wait_procs(_processes(place), timeout=5)[1]
+    running = psutil.wait_procs(_processes(place), timeout=60)[1]
     return [*place.iterdir(), *(p for p in running if p.status() != psutil.STATUS_ZOMBIE)]
 
 
@@ -306,6 +306,8 @@ async def test_a_server_is_asked_to_end_before_it_is_killed(
 
     def note(pid: int, number: int) -> None:
         sent.append(number)
+        if number == signal.SIGKILL:  # which it heeds, in its time
+            monkeypatch.setattr(embedded, "_STOP_SECONDS", 60)
         killpg(pid, number)
 
     monkeypatch.setattr(embedded, "_STOP_SECONDS", 0.2)
@@ -362,7 +364,7 @@ async def test_cancelled_while_initdb_works_it_leaves_nothing(place: Path) -> No
                 pytest.fail("started")
 
         tasks.start_soon(start)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while not any("--boot" in str(process.info["cmdline"]) for process in _processes(place)):
                 await anyio.lowlevel.checkpoint()
         tasks.cancel_scope.cancel()
@@ -562,7 +564,7 @@ def test_the_servers_of_a_killed_program_end(place: Path) -> None:
         program.kill()
     assert len(pids) == 2
     assert {*pids} < {process.pid for process in running}
-    assert psutil.wait_procs(running, timeout=10)[1] == []
+    assert psutil.wait_procs(running, timeout=60)[1] == []
 
 
 @linux_only

@@ -40,7 +40,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=300,
     )
 
 

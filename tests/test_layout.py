@@ -148,6 +148,9 @@ DOORS = {
     ("lifekit._registry", "lifekit.asgi"): {"bind_requests"},
     ("lifekit._closing", "lifekit.drivers"): set[str](),
     ("lifekit._engine", "lifekit.drivers"): set[str](),
+    ("lifekit._lifespan", "lifekit.drivers"): set[str](),
+    ("lifekit._lifespan", "lifekit.sandbox._by_gateway"): {"PostgresSandbox"},
+    ("lifekit._life", "lifekit.drivers"): set[str](),
     ("lifekit._transient", "lifekit.drivers"): set[str](),
 }
 
@@ -169,10 +172,7 @@ def test_the_parts_on_the_core_import_no_other_part_but_what_they_stand_on(file:
             assert part(module) in {"core", here, *STANDS_ON.get(here, ())}, f"{file.name}: {module}"
 
 
-SANDBOX_DOORS = {
-    (f"lifekit.drivers.{name}", f"lifekit.sandbox.{name}")
-    for name in ("aiopg", "asyncpg", "psycopg", "redis", "sqlalchemy")
-}
+SANDBOX_DOORS = {(f"lifekit.drivers.{name}", f"lifekit.sandbox.{name}") for name in ("redis",)}
 
 
 def test_a_driver_imports_its_sandbox_when_one_is_asked_for() -> None:
@@ -189,7 +189,7 @@ DRIVERS = sorted((PACKAGE / "drivers").glob("[a-z]*.py"))
 @pytest.mark.parametrize("file", DRIVERS, ids=ids(DRIVERS))
 def test_a_driver_imports_no_other_driver(file: Path) -> None:
     for module, _ in own_imports(file):
-        shared = {"lifekit.drivers", "lifekit.drivers._libpq", "lifekit.drivers._loans"}
+        shared = {"lifekit.drivers", "lifekit.drivers._checkouts", "lifekit.drivers._libpq"}
         own = (module_name(file), module) in SANDBOX_DOORS
         assert part(module) == "core" or own or module in shared
 
@@ -205,8 +205,7 @@ def test_what_a_part_needs_of_other_packages_is_its_own_kind(file: Path) -> None
     if part(module_name(file)) == "sandbox":
         package = file.stem.removeprefix("_").partition("_")[0]
         foreign -= {package, *BESIDE.get(package, ())}
-        foreign -= {"aiopg"} if package == "psycopg2" else set()
-    if file == PACKAGE / "testing" / "_pytest.py":
+    if file.parent == PACKAGE / "testing" and file.stem in ("_pytest", "_loops"):
         foreign -= {"pytest"}
     assert not foreign & (DRIVEN | FRAMEWORKS | TEST_LIBRARIES | {"trio"})
 
@@ -246,7 +245,7 @@ def test_the_public_names_are_these() -> None:
 
 def test_the_public_names_of_the_parts_are_these() -> None:
     assert asgi.__all__ == ["combine"]
-    assert drivers.__all__ == ["Driver", "Sandbox", "find", "loaded", "register"]
+    assert drivers.__all__ == ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
     assert testing.__all__ == [
         "Sandboxing",
         "client",
@@ -258,22 +257,23 @@ def test_the_public_names_of_the_parts_are_these() -> None:
 
 
 def test_the_events_are_these_with_these_fields() -> None:
-    of_resource = ["registry", "resource"]
+    of_resource = ["registry", "lifespan", "resource"]
     classes = get_args(events.Event)
     assert {
         each.__name__: [field.name for field in fields(each)] for each in get_args(events.Event)
     } == {
         "Opening": of_resource,
+        "Blocked": [*of_resource, "phase", "seconds", "line"],
         "Retrying": [*of_resource, "attempt", "delay", "error"],
         "Opened": [*of_resource, "seconds", "description"],
         "OpenFailed": [*of_resource, "seconds", "error"],
-        "Started": ["registry", "timeline"],
-        "Stopping": ["registry"],
+        "Started": ["registry", "lifespan", "timeline"],
+        "Stopping": ["registry", "lifespan"],
         "Closing": of_resource,
         "CloseFailed": [*of_resource, "phase", "error"],
         "Terminated": of_resource,
         "Closed": [*of_resource, "seconds", "clean"],
-        "Stopped": ["registry", "timeline"],
+        "Stopped": ["registry", "lifespan", "timeline"],
     }
     public: dict[str, Any] = {
         name: value

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import math
 import pickle
 import sys
 import time
-from collections.abc import AsyncGenerator
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from types import FunctionType, SimpleNamespace
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -25,6 +27,7 @@ from lifekit import (
     Registry,
     ShutdownError,
     StartupError,
+    _backend,
 )
 from lifekit.drivers import register
 
@@ -41,7 +44,9 @@ in_virtual_time = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 
 @pytest.mark.parametrize("place", [1, 2, 3], ids=["owner", "first", "second"])
-def test_a_task_of_lifekits_cancelled_before_its_first_step_hangs_nothing(place: int) -> None:
+def test_a_task_of_lifekits_cancelled_before_its_first_step_hangs_nothing(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry = Registry()
     log: list[str] = []
 
@@ -52,16 +57,17 @@ def test_a_task_of_lifekits_cancelled_before_its_first_step_hangs_nothing(place:
 
     registry.resource(first, name="second")(lambda _: None)
 
+    made: list[asyncio.Task[Any]] = []
+
+    def spawn(*given: Any) -> object:
+        made.append(cast("asyncio.Task[Any]", _backend.spawn(*given)))
+        if len(made) == place:
+            made[-1].cancel()
+        return made[-1]
+
+    monkeypatch.setattr("lifekit._engine.spawn", spawn)
+
     async def main() -> None:
-        made: list[asyncio.Task[Any]] = []
-
-        def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **more: Any) -> asyncio.Task[Any]:
-            made.append(asyncio.Task(coroutine, loop=loop, **more))
-            if len(made) == place:
-                made[-1].cancel()
-            return made[-1]
-
-        asyncio.get_running_loop().set_task_factory(factory)
         with pytest.raises(LifekitError):
             async with asyncio.timeout(5), registry.lifespan():
                 raise AssertionError("it can't have started")
@@ -368,8 +374,12 @@ def test_a_registry_takes_seconds(options: dict[str, Any]) -> None:
 def test_an_on_event_that_would_have_to_be_awaited_is_refused() -> None:
     async def hear(event: object) -> None: ...
 
-    with pytest.raises(DeclarationError, match="not awaited"):
-        Registry(on_event=hear)
+    class Listener:
+        async def __call__(self, event: object) -> None: ...
+
+    for listener in (hear, Listener(), partial(hear)):
+        with pytest.raises(DeclarationError, match="not awaited"):
+            Registry(on_event=listener)
 
 
 class HalfBuilt:
@@ -446,7 +456,7 @@ async def failed_start() -> StartupError:
         def close(self) -> None:
             raise OSError(5, "broken")
 
-    @registry.resource(registry.resource(name="broken")(Broken))
+    @registry.resource(registry.resource(name="broken", start_timeout=60)(Broken))
     async def hanging(_: Broken) -> None:
         await anyio.sleep_forever()
 
@@ -581,3 +591,219 @@ def test_leaving_what_was_not_entered_is_refused_and_leaving_twice_is_nothing() 
         await lifespan.__aexit__(None, None, None)
 
     anyio.run(main)
+
+
+# -- errors and values that break whatever touches them --------------------------------------------
+
+
+class Hostile(Exception):
+    """An error that answers nothing."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError("class")
+
+    def __str__(self) -> str:
+        raise RuntimeError("text")
+
+    def add_note(self, note: str, /) -> None:
+        raise RuntimeError("note")
+
+
+class BrokenGroup(ExceptionGroup[Exception]):
+    """A group that can't be taken apart."""
+
+    def derive(self, *_: Any) -> Any:
+        raise TypeError("derive")
+
+    def split(self, *_: Any) -> Any:
+        raise TypeError("split")
+
+    subgroup = split
+
+    @property
+    def exceptions(self) -> Any:
+        raise RuntimeError("exceptions")
+
+
+def nested(depth: int) -> Exception:
+    """Return a group in a group in a group."""
+    error: list[Any] = [OSError("leaf")]
+    for _ in range(depth):
+        error = [ExceptionGroup("group", error)]
+    return ExceptionGroup("group", error)
+
+
+ODD: list[Callable[[], Exception]] = [
+    lambda: Hostile("x"),
+    lambda: BrokenGroup("x", [OSError("leaf"), OSError("leaf")]),
+    lambda: ExceptionGroup("x", [BrokenGroup("y", [Hostile("z")])]),
+    lambda: nested(5000),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=["hostile", "broken", "nested", "deep"])
+@pytest.mark.parametrize("phase", ["open", "close"])
+@in_virtual_time
+def test_an_odd_error_ends_what_it_comes_from_and_is_told(
+    backend: str, phase: str, odd: Callable[[], Exception]
+) -> None:
+    registry, closed = Registry(), list[str]()
+
+    @registry.resource
+    async def below() -> AsyncGenerator[None]:
+        yield
+        closed.append("below")
+
+    @registry.resource(below, retry=1)
+    async def failing(_: None) -> AsyncGenerator[None]:
+        if phase == "open":
+            raise odd()
+        yield
+        raise odd()
+
+    async def main() -> None:
+        with anyio.fail_after(100), pytest.raises((StartupError, ShutdownError)) as caught:
+            async with registry.lifespan():
+                pass
+        assert [name for name, _ in caught.value.failures] == ["failing"]
+
+    virtual_time.run(main, backend)
+    assert closed == ["below"]
+
+
+async def hangs_beside_hostile_names() -> AsyncGenerator[None]:
+    host: Any = Hostile("x")
+    await anyio.sleep_forever()
+    yield host
+
+
+async def hangs_while_it_closes() -> AsyncGenerator[None]:
+    yield
+    await anyio.sleep_forever()
+
+
+def nameless(factory: Callable[[], AsyncGenerator[None]]) -> Any:
+    """Return *factory* as code that was run in a namespace of no module has it."""
+    return FunctionType(factory.__code__, {"__name__": None, "anyio": anyio})
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [hangs_beside_hostile_names, nameless(hangs_while_it_closes)],
+    ids=["hostile", "nameless"],
+)
+@in_virtual_time
+def test_where_something_hangs_may_be_broken_and_its_deadline_still_ends_it(
+    backend: str, factory: Callable[[], AsyncGenerator[None]]
+) -> None:
+    registry = Registry()
+    registry.resource(name="hanging")(factory)
+
+    async def main() -> None:
+        with anyio.fail_after(100), pytest.raises((StartupError, ShutdownError)) as caught:
+            async with registry.lifespan():
+                pass
+        ((name, error),) = caught.value.failures
+        assert (name, type(error)) == ("hanging", DeadlineError)
+
+    virtual_time.run(main, backend)
+
+
+@pytest.mark.parametrize("phase", ["open", "close"])
+@in_virtual_time
+def test_a_generator_exit_of_the_users_own_is_a_failure_like_any(backend: str, phase: str) -> None:
+    registry, closed = Registry(), list[str]()
+
+    @registry.resource
+    async def below() -> AsyncGenerator[None]:
+        yield
+        closed.append("below")
+
+    @registry.resource(below)
+    async def exiting(_: None) -> SimpleNamespace:
+        if phase == "open":
+            raise GeneratorExit
+        return SimpleNamespace(close=raise_generator_exit)
+
+    async def main() -> None:
+        with anyio.fail_after(1), pytest.raises((StartupError, ShutdownError)) as caught:
+            async with registry.lifespan():
+                pass
+        assert [name for name, _ in caught.value.failures] == ["exiting"]
+
+    virtual_time.run(main, backend)
+    assert closed == ["below"]
+
+
+def raise_generator_exit() -> None:
+    raise GeneratorExit
+
+
+def test_a_cancelled_part_of_a_broken_group_is_left_out_of_what_failed() -> None:
+    registry = Registry()
+
+    @registry.resource
+    async def failing() -> None:
+        raise BaseExceptionGroup("x", [asyncio.CancelledError(), BrokenGroup("y", [OSError("leaf")])])
+
+    async def main() -> None:
+        async with registry.lifespan():
+            pass
+
+    with pytest.raises(StartupError, match="leaf") as caught:
+        asyncio.run(main())
+    (group,) = caught.value.exceptions
+    assert isinstance(group, ExceptionGroup)
+    assert repr(group.exceptions) == "(OSError('leaf'),)"  # pyright: ignore
+
+
+class Rude(Driver[SimpleNamespace]):
+    """A driver that fails at all that is asked of it."""
+
+    def describe(self, value: SimpleNamespace) -> str:
+        raise SystemExit
+
+    def holders(self, value: SimpleNamespace) -> list[str]:
+        raise KeyboardInterrupt
+
+
+def test_a_driver_that_exits_when_asked_leaves_nothing_open() -> None:
+    register(SimpleNamespace, Rude())
+    registry, closed = Registry(close_timeout=0), list[str]()
+
+    @registry.resource
+    async def below() -> AsyncGenerator[None]:
+        yield
+        closed.append("below")
+
+    registry.resource(after=[below], name="rude")(SimpleNamespace)
+
+    async def main() -> None:
+        async with registry.lifespan():
+            pass
+
+    with contextlib.suppress(SystemExit, KeyboardInterrupt):
+        asyncio.run(main())
+    assert closed == ["below"]
+
+
+def test_a_task_factory_has_no_part_in_lifekits_own_tasks() -> None:
+    def refuse(*_: Any, **more: Any) -> Any:
+        raise RuntimeError("no task")
+
+    registry, closed = Registry(), list[str]()
+
+    @registry.resource
+    async def value() -> AsyncGenerator[int]:
+        yield 1
+        closed.append("value")
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(refuse)
+        async with registry.lifespan() as lifespan:
+            assert lifespan[value] == 1
+        asyncio.get_running_loop().set_task_factory(None)
+
+    asyncio.run(main())
+    assert closed == ["value"]

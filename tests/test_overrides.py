@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
@@ -25,6 +26,7 @@ from lifekit import (
     StartupError,
     events,
 )
+from lifekit._backend import running_loop
 from lifekit.testing import client
 
 pytestmark = pytest.mark.anyio
@@ -185,12 +187,12 @@ def test_two_threads_override_differently_at_once(shop: Shop) -> None:
 
     async def look(name: str) -> None:
         async with shop.registry.lifespan() as lifespan:
-            meet.wait(5)
+            meet.wait(60)
             seen[name] = lifespan[shop.links].made_of[1].name  # type: ignore[attr-defined]
 
     def run(name: str) -> None:
         with shop.registry.override(shop.cache, Part(name)):
-            meet.wait(5)
+            meet.wait(60)
             anyio.run(look, name)
 
     threads = [threading.Thread(target=run, args=(name,)) for name in "ab"]
@@ -296,6 +298,7 @@ def test_what_can_t_hold_is_refused_at_once_with_its_line(shop: Shop) -> None:
         (lambda: override(shop.cache), "takes a value, .*, or a factory"),
         (lambda: override(shop.cache, Part("x"), factory=Part), "takes a value, .*, or a factory"),
         (lambda: override(shop.cache, factory=Part("x")), "a Part stands where a factory is expected"),
+        (lambda: override(shop.db, factory=shop.mail), "a Resource stands where a factory is expected"),
         (
             lambda: override(shop.links, factory=of_three),
             r"fits neither def links\(\) nor def links\(db, cache\)",
@@ -550,3 +553,113 @@ async def test_of_two_overrides_built_at_once_the_second_is_refused(shop: Shop) 
                 await anyio.wait_all_tasks_blocked()
                 assert lifespan[shop.mail].name == "other"
         assert lifespan[shop.cache].name == "cache"
+
+
+# -- one resource stands in for another ------------------------------------------------------------
+
+
+async def test_another_resource_stands_in_and_is_opened_and_closed_once(shop: Shop) -> None:
+    """What needs either gets the one value, and is closed before it."""
+    reader = shop.declare("reader", shop.mail)
+    with shop.registry.override(shop.mail, shop.db):
+        async with shop.registry.lifespan() as lifespan:
+            assert lifespan[shop.mail] is lifespan[shop.db] is lifespan[reader].made_of[0]
+    assert not [line for line in shop.log if "mail" in line and "reader" not in line]
+    assert shop.log.count("+db-settings") == shop.log.count("-db") == 1
+    assert shop.log.index("-reader") < shop.log.index("-db")
+
+
+async def test_stand_ins_chain_and_nest_and_hold_on_a_running_lifespan(shop: Shop) -> None:
+    other = shop.declare("other")
+    fake = Part("fake")
+    with shop.registry.override(shop.mail, other), shop.registry.override(other, shop.cache):
+        with shop.registry.override(shop.cache, fake):
+            async with shop.registry.lifespan() as lifespan:
+                assert lifespan[shop.mail] is lifespan[other] is fake
+        shop.log.clear()
+        async with shop.registry.lifespan() as lifespan:
+            assert lifespan[shop.mail] is lifespan[shop.cache] is not fake
+            async with lifespan.override(shop.cache, shop.db) as patched:
+                assert patched[shop.mail] is patched[shop.links].made_of[1] is patched[shop.db]
+            assert shop.log.count("-db") == 0
+    assert shop.log.count("-db") == 1
+
+
+class Special(Part):
+    """A part with more to it."""
+
+
+def test_what_can_not_stand_in_is_refused_at_once(shop: Shop) -> None:
+    registry = Registry("typed")
+
+    @registry.resource
+    def part() -> Part:
+        return Part("part")
+
+    @registry.resource
+    def special() -> Special:
+        return Special("special")
+
+    @registry.resource
+    def text() -> str:
+        return ""
+
+    registry.override(part, special)
+    with pytest.raises(OverrideError, match=r"text \(.*\), a str, would stand in"):
+        registry.override(part, text)  # type: ignore[arg-type]
+    with pytest.raises(OverrideError, match=r"part \(.*\), a Part, would stand in"):
+        registry.override(special, part)  # type: ignore[arg-type]
+    with pytest.raises(OverrideError, match=r"mail .* belongs to the registry 'shop', not to 'typed'"):
+        registry.override(part, shop.mail)
+    with pytest.raises(OverrideError, match=r"in a cycle: \w+ .*-> \w+"):
+        shop.registry.override(shop.db, shop.links)  # which needs it
+    with (
+        shop.registry.override(shop.db, shop.mail),
+        pytest.raises(OverrideError, match="can't hold: the resources need each other in a cycle"),
+    ):
+        shop.registry.override(shop.mail, shop.db)
+
+
+# -- an override that came too late ----------------------------------------------------------------
+
+
+def late(shop: Shop) -> Any:
+    return shop.registry.override(shop.cache, Part("fake"))
+
+
+LATE = r"cache \(.*\) is open already.*this override changes nothing"
+
+
+async def test_what_is_open_is_refused_where_code_inside_an_override_comes_to_it(shop: Shop) -> None:
+    """By a client, a handle or a lifespan; and what is opened inside uses the override."""
+    async with client(web_app(shop)) as http:
+        lifespan = shop.registry.running[running_loop()][0]
+        with pytest.raises(OverrideError, match=LATE), late(shop):
+            await http.get("/")
+        asked: list[Callable[[], object]] = [lambda: lifespan[shop.cache], shop.cache.get]
+        for ask in asked:
+            with pytest.raises(OverrideError, match=LATE), late(shop):
+                ask()
+        with late(shop):
+            async with client(web_app(shop)) as inner:
+                assert (await inner.get("/")).json() == [FAKE] * 3
+            assert (await http.get("/")).json() == [REAL] * 3
+        outer = shop.registry.override(shop.cache, Part("outer"))
+        with outer, late(shop):
+            async with client(web_app(shop)) as inner:
+                assert (await inner.get("/")).json() == [FAKE] * 3
+
+
+def test_what_another_thread_serves_is_refused_too(shop: Shop) -> None:
+    with TestClient(web_app(shop)) as http, pytest.raises(OverrideError, match=LATE), late(shop):
+        http.get("/")
+
+
+def test_a_body_that_fails_is_told_of_an_override_that_changed_nothing(shop: Shop) -> None:
+    with TestClient(web_app(shop)):
+        with pytest.raises(AssertionError) as failed, late(shop):
+            raise AssertionError("1 == 2")
+        with pytest.raises(AssertionError) as well, late(shop), TestClient(web_app(shop)):
+            raise AssertionError("1 == 2")
+    assert [bool(re.search(LATE, note)) for note in failed.value.__notes__] == [True]
+    assert not hasattr(well.value, "__notes__")

@@ -36,8 +36,9 @@ INNER = {
     *("lifekit.Registry.plan", "lifekit.Resource.factory", "lifekit.Resource.needs"),
     *("lifekit.Resource.after", "lifekit.Resource.options", "lifekit.Resource.registry"),
     *("lifekit.Lifespan.declares", "lifekit.Lifespan.sandboxes", "lifekit.Lifespan.undo"),
+    *("lifekit.Lifespan.variables", "lifekit.Lifespan.location"),
     *("lifekit.StartupError.derive", "lifekit.ShutdownError.derive"),  # ExceptionGroup's
-    *("lifekit.asgi.RequestContext", "lifekit.asgi.bind_requests", "lifekit.events.log"),
+    *("lifekit.asgi.with_request_context", "lifekit.asgi.bind_requests", "lifekit.events.log"),
 }
 """What lifekit's own parts use of each other, and begins with no underscore."""
 
@@ -216,7 +217,7 @@ def test_a_marker_of_the_plugin_has_its_place(pytestconfig: pytest.Config) -> No
 FIXTURES = [
     name
     for name, value in vars(pytest_plugin).items()
-    if type(value).__name__ == "FixtureFunctionDefinition"
+    if type(value).__name__ == "FixtureFunctionDefinition" and not name.startswith("_")
 ]
 
 

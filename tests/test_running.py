@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import inspect
 import logging
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from types import MethodType
+from typing import Any, cast, get_args, get_type_hints
+from unittest.mock import create_autospec
 
 import anyio
 import psutil
 import pytest
 from anyio import CancelScope
 from anyio.lowlevel import checkpoint
+from starlette.requests import HTTPConnection
 
 from lifekit import (
     LifekitError,
@@ -87,7 +94,7 @@ async def test_independent_resources_open_and_close_at_the_same_time() -> None:
         yield 2
         closing.set()
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         async with registry.lifespan() as lifespan:
             assert (lifespan[first], lifespan[second]) == (1, 2)
 
@@ -186,6 +193,16 @@ async def test_worker_threads_find_the_value_of_who_started_them() -> None:
         assert await anyio.to_thread.run_sync(value.get) is lifespan[value]
 
 
+async def test_a_thread_of_a_pool_does_not_mean_the_lifespan_of_its_first_use() -> None:
+    registry, value = registry_of_one()
+    async with registry.lifespan() as lifespan:
+        async with registry.lifespan():
+            first_use = copy_context()  # which Python gives each thread, where threads inherit contexts
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(first_use.run, value.get)
+            assert asked.result(10) is lifespan[value]
+
+
 async def test_another_loop_is_told_where_the_value_is_open() -> None:
     registry, value = registry_of_one()
 
@@ -254,6 +271,7 @@ def test_a_loop_that_ends_under_an_open_lifespan_closes_it(backend: str) -> None
 def test_a_loop_that_is_closed_under_an_open_lifespan_lets_go(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gc.collect()  # what other tests have left
     unraisable: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     registry, value = registry_of_one()
@@ -342,7 +360,7 @@ async def test_an_empty_registry_starts_and_stops() -> None:
 
 def test_two_threads_run_one_registry_in_two_loops_at_once() -> None:
     registry, value = registry_of_one()
-    both_open = threading.Barrier(2, timeout=10)
+    both_open = threading.Barrier(2, timeout=60)
     seen: list[Value] = []
 
     async def main() -> None:
@@ -433,3 +451,79 @@ async def test_the_story_is_the_same_every_time() -> None:
             pass
         stories.add(tuple(log))
     assert len(stories) == 1
+
+
+# -- a handle is not the value ---------------------------------------------------------------------
+
+
+async def entered(handle: Any) -> None:
+    async with handle:
+        pass
+
+
+def entered_sync(handle: Any) -> None:
+    with handle:
+        pass
+
+
+USES: list[tuple[Callable[[Any], object], str]] = [
+    (lambda handle: handle.connect(), "value.get().connect"),
+    (lambda handle: handle.acquire, "value.get().acquire"),
+    (lambda handle: handle.get("key"), "value.get().get(…)"),
+    (lambda handle: handle["key"], "value.get()[…]"),
+    (list, "value.get()[…]"),
+    (entered_sync, "with value.get()"),
+    (lambda handle: entered(handle).send(None), "async with value.get()"),
+]
+
+
+@pytest.mark.parametrize(("use", "line"), USES)
+def test_a_handle_used_as_its_value_is_told_how_to_take_that(
+    use: Callable[[Any], object], line: str
+) -> None:
+    _, value = registry_of_one()
+    with pytest.raises((AttributeError, TypeError)) as caught:
+        use(value)
+    text = str(caught.value)
+    assert text.startswith(f"value ({value.location}) is a handle, not the value")
+    assert f"`{line}`" in text
+    assert "Depends(value)" in text
+    assert "lifespan[value]" in text
+
+
+def test_code_that_looks_at_a_handle_finds_an_ordinary_object() -> None:
+    _, value = registry_of_one()
+    for name in ("connect", "__enter__", "__aenter__", "__getitem__", "__origin__"):
+        assert not hasattr(value, name)
+    assert inspect.iscoroutinefunction(inspect.unwrap(value))  # which is all that FastAPI asks of it
+    assert not inspect.isawaitable(value)
+    assert not isinstance(value, Iterable)
+    assert dict(inspect.getmembers(value))["name"] == "value"
+    assert copy.copy(value) is copy.deepcopy(value) is value
+    with pytest.raises(AttributeError):
+        getattr(object.__new__(type(value)), "name")  # noqa: B009
+    assert create_autospec(value).get is not None
+    assert isinstance(value.get, MethodType)
+
+
+def test_the_annotations_of_a_handle_can_be_resolved() -> None:
+    """As taskiq and Litestar do; `import lifekit` alone imports no framework for it."""
+    _, value = registry_of_one()
+    for call in (type(value).__call__, value.__call__):
+        assert HTTPConnection in get_args(get_type_hints(call)["connection"])
+        assert HTTPConnection in get_args(
+            inspect.signature(call, eval_str=True).parameters["connection"].annotation
+        )
+    [parameter] = inspect.signature(value, eval_str=True).parameters.values()
+    assert parameter.annotation is HTTPConnection
+    assert parameter.default is None  # for injectors that know no requests, such as FastStream's
+    assert not inspect.signature(value.get).parameters
+
+
+async def test_an_injector_that_knows_no_requests_calls_a_handle_with_nothing() -> None:
+    registry, value = registry_of_one()
+    bare: Callable[[], Awaitable[Value]] = cast(Any, value)
+    with pytest.raises(NotOpenError):
+        await bare()
+    async with registry.lifespan() as lifespan:
+        assert await bare() is lifespan[value]

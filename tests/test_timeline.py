@@ -205,7 +205,7 @@ async def test_what_is_closed_before_the_stop_that_it_causes_is_in_the_picture()
         await lifespan.__aenter__()
     (half,) = lifespan.shutdown.spans
     assert half.began == 0
-    assert half.seconds >= 0.002
+    assert half.seconds >= 0.0019  # as the loop's clock has it
     assert len(str(lifespan.shutdown).splitlines()[1]) < 80
 
 

@@ -1,4 +1,4 @@
-"""Event loops whose clock jumps: where nothing can run, the next timer is due at once."""
+"""Event loops whose clock jumps: when nothing can run, the next timer is due at once."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class JumpingLoop(asyncio.SelectorEventLoop):
-    """An asyncio loop that never waits for a timer."""
+    """An asyncio loop that never waits for a timer, and whose clock stands still while code runs."""
 
     def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
-        super().__init__(self._jumping)
+        self.jumping = _JumpingSelector()
+        super().__init__(self.jumping)
 
     def time(self) -> float:
-        return super().time() + self._jumping.skipped
+        return 1000.0 + self.jumping.skipped
 
 
 def run(main: Callable[[], Awaitable[None]], backend: str) -> None:
@@ -41,3 +41,22 @@ def run(main: Callable[[], Awaitable[None]], backend: str) -> None:
         trio.run(main, clock=MockClock(autojump_threshold=0))
     else:
         anyio.run(main, backend=backend, backend_options={"loop_factory": JumpingLoop})
+
+
+def block(seconds: float) -> None:
+    """Keep the loop that runs here from everything else for *seconds* of its time."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        trio.lowlevel.current_clock().jump(seconds)  # type: ignore[attr-defined]
+    else:
+        assert isinstance(loop, JumpingLoop)
+        loop.jumping.skipped += seconds
+
+
+def pass_time(seconds: float) -> None:
+    """Let the clock of the running asyncio loop, which can't be uvloop's, jump."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, asyncio.BaseEventLoop)
+    now = loop.time
+    loop.time = lambda: now() + seconds  # type: ignore[method-assign]

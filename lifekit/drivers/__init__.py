@@ -10,9 +10,13 @@ import importlib
 import sys
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-__all__ = ["Driver", "Sandbox", "find", "loaded", "register"]
+if TYPE_CHECKING:
+    import asyncio
+    import ssl
+
+__all__ = ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
 
 T = TypeVar("T")
 
@@ -40,6 +44,36 @@ class Sandbox:
 
     def terminate(self) -> None:
         """Cut off what the sandbox itself holds: an `end` took too long, or the value is cut off."""
+
+
+class Gateway(Protocol):
+    """Test mode's way to PostgreSQL: what goes by it is undone at the end of each block."""
+
+    def socket(self, host: str, port: int, *, tls: Tls | None = None) -> tuple[str, int]:
+        """Return the folder and the port of a unix socket that leads to a server.
+
+        Args:
+            host: The server's name or address, or the folder of its own unix socket.
+            port: Its port.
+            tls: How to encrypt on the way to it: the client itself must not.
+        """
+        ...
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Return the running event loop, whose connections are made by way of the gateway."""
+        ...
+
+    def serves_threads(self) -> None:
+        """Prepare for clients that block the thread which they wait in, or that call from others."""
+
+
+class Tls(NamedTuple):
+    """How the gateway encrypts what goes to a server."""
+
+    context: ssl.SSLContext
+    """Whom it trusts, and what it shows of itself."""
+    is_required: bool = True
+    """Else it is done without where the server can't."""
 
 
 class Driver(Generic[T]):
@@ -75,6 +109,16 @@ class Driver(Generic[T]):
         """Prepare an open value for test mode, in place; None where nothing needs to be undone."""
         return None
 
+    def redirect(self, value: T, gateway: Gateway) -> Sandbox | None:
+        """Let the connections to PostgreSQL that *value* makes from now on go by way of *gateway*.
+
+        Called in test mode, before `open`. Return what is told of blocks, where it wants to be.
+        """
+        return None
+
+    async def reconnect(self, value: T) -> None:
+        """Close the idle connections that *value* made before `redirect`."""
+
     def holders(self, value: T) -> Sequence[str]:
         """Return who still holds parts of it: code lines, with their tasks where known."""
         return ()
@@ -91,13 +135,15 @@ _BUILT_IN = {
     "asyncpg.pool.Pool": "asyncpg",
     "aiopg.pool.Pool": "aiopg",
     "psycopg_pool.pool_async.AsyncConnectionPool": "psycopg",
+    "psycopg_pool.pool.ConnectionPool": "psycopg.sync_driver",
     "redis.asyncio.client.Redis": "redis",
     "redis.asyncio.cluster.RedisCluster": "redis",
     "httpx.AsyncClient": "httpx",
     "httpx2.AsyncClient": "httpx",
+    "sqlalchemy.engine.base.Engine": "sqlalchemy.sync_driver",
     "sqlalchemy.ext.asyncio.engine.AsyncEngine": "sqlalchemy",
 }
-_PACKAGES = {name.partition(".")[0]: module for name, module in _BUILT_IN.items()}
+_PACKAGES = {name.partition(".")[0]: module for name, module in _BUILT_IN.items() if "." not in module}
 _registered: dict[type, Driver[Any]] = {}
 
 
@@ -122,9 +168,24 @@ def find(value: T) -> Driver[T] | None:
     return None
 
 
+def judge(error: BaseException) -> bool | None:
+    """Return whether *error* may pass by itself, or None where nothing is known of its package.
+
+    The package of its own class decides, which may be no pool's: single connections raise it too.
+    """
+    from ._failures import known  # here, so that `import lifekit` costs an import of little
+
+    return known(error)
+
+
+def registered() -> Iterator[Driver[Any]]:
+    """Yield the registered drivers, each once."""
+    yield from dict.fromkeys(_registered.values())
+
+
 def loaded() -> Iterator[Driver[Any]]:
     """Yield the drivers of what the application has imported, and the registered ones."""
-    yield from dict.fromkeys(_registered.values())
+    yield from registered()
     for package, module in _PACKAGES.items():
         if sys.modules.get(package) is not None:
             with suppress(ImportError):  # a stand-in for the package, which no driver fits
@@ -132,5 +193,6 @@ def loaded() -> Iterator[Driver[Any]]:
 
 
 def _load(module: str) -> Driver[Any]:
-    driver: Driver[Any] = importlib.import_module(f"{__name__}.{module}").driver
+    name, _, attribute = module.partition(".")
+    driver: Driver[Any] = getattr(importlib.import_module(f"{__name__}.{name}"), attribute or "driver")
     return driver

@@ -1,24 +1,113 @@
-"""What libpq says of a failed connection, for the drivers that stand on it."""
+"""What libpq's clients are given so that they connect by way of a gateway.
+
+libpq takes what is not said from the environment, from a password file, and from what it was built
+with. What depends on the server's name has to be looked up here: the client is to know another name.
+See https://www.postgresql.org/docs/current/libpq-connect.html.
+"""
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-# Of a connection that was never made they give no SQLSTATE, only libpq's text.
-_TRANSIENT = re.compile(
-    r"connection (refused|reset)|timeout expired|timed out|EOF detected"
-    r"|server closed the connection unexpectedly|temporary failure in name resolution"
-    r"|(failed|server): no such file or directory"
-    r"|the database system is (starting|shutting|in recovery|not (yet )?accepting)"
-    r"|too many (clients|connections)|connection slots are reserved"
-    r"|terminating connection due to administrator command",
-    re.IGNORECASE,
-)
-# These win: one text tells of every host, and quotes names that may say anything.
-_PERMANENT = re.compile(r"authentication|password|does not exist|not permitted|certificate", re.I)
+from lifekit._errors import SandboxUnsupportedError
+
+from . import Gateway, Tls
+
+_VARIABLES = {
+    "host": "PGHOST",
+    "hostaddr": "PGHOSTADDR",
+    "port": "PGPORT",
+    "user": "PGUSER",
+    "dbname": "PGDATABASE",
+    "password": "PGPASSWORD",
+    "passfile": "PGPASSFILE",
+    "service": "PGSERVICE",
+    "sslmode": "PGSSLMODE",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+}
+_OF_THE_WAY = {"hostaddr", "passfile", "service", "sslrootcert", "sslcert", "sslkey", "requiressl"}
+_SOCKETS = ("/var/run/postgresql", "/tmp")
+"""Where the common builds of libpq look for the server's own."""
 
 
-def is_transient(error: BaseException) -> bool:
-    """Return whether the server is starting, stopping or full, or hung up on us."""
-    text = str(error)
-    return _PERMANENT.search(text) is None and _TRANSIENT.search(text) is not None
+def redirected(given: Mapping[str, Any], gateway: Gateway) -> dict[str, Any]:
+    """Return the parameters that lead by way of the gateway to where those *given* lead.
+
+    Raises:
+        SandboxUnsupportedError: They name a service, or several servers.
+    """
+    named = {
+        name: os.environ[variable] for name, variable in _VARIABLES.items() if variable in os.environ
+    }
+    known: dict[str, Any] = {
+        **named,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+    if known.get("service"):
+        raise SandboxUnsupportedError(
+            f"the service {known['service']!r} of a service file: the sandbox does not read it. Name "
+            "host, port, user and database in the test's settings."
+        )
+    port = int(known.get("port") or 5432)
+    host = str(known.get("hostaddr") or known.get("host") or "") or _own_socket(port)
+    folder, number = gateway.socket(host, port, tls=_tls(known, host))
+    password = known.get("password") or _from_file(known, port)
+    pointed = {name: value for name, value in given.items() if name not in _OF_THE_WAY}
+    pointed |= {"host": folder, "port": number, "sslmode": "disable", "gssencmode": "disable"}
+    pointed |= {"channel_binding": "disable"}  # which needs TLS from end to end
+    if password:
+        pointed["password"] = password
+    return pointed
+
+
+def _own_socket(port: int) -> str:
+    found = (each for each in _SOCKETS if os.path.exists(f"{each}/.s.PGSQL.{port}"))
+    return next(found, "localhost")
+
+
+def _tls(known: Mapping[str, Any], host: str) -> Tls | None:
+    mode = known.get("sslmode") or "prefer"
+    if host.startswith("/") or mode in ("disable", "allow"):
+        return None
+    authorities = known.get("sslrootcert") or _home("root.crt")
+    checks = mode in ("verify-ca", "verify-full") or bool(authorities and mode == "require")
+    context = ssl.create_default_context(
+        cafile=authorities if checks and authorities not in (None, "system") else None
+    )
+    context.check_hostname = mode == "verify-full"
+    context.verify_mode = ssl.CERT_REQUIRED if checks else ssl.CERT_NONE
+    certificate, key = known.get("sslcert") or _home("postgresql.crt"), known.get("sslkey")
+    if certificate:
+        context.load_cert_chain(certificate, key or _home("postgresql.key"))
+    return Tls(context, is_required=mode != "prefer")
+
+
+def _home(name: str) -> str | None:
+    path = Path("~/.postgresql", name).expanduser()
+    return str(path) if path.exists() else None
+
+
+def _from_file(known: Mapping[str, Any], port: int) -> str | None:
+    path = Path(known.get("passfile") or "~/.pgpass").expanduser()
+    if not path.is_file():
+        return None
+    user = str(known.get("user") or getpass.getuser())
+    host = str(known.get("host") or "localhost")
+    wanted = (host, str(port), str(known.get("dbname") or known.get("database") or user), user)
+    for line in path.read_text().splitlines():
+        # Colons and backslashes in a field stand behind a backslash.
+        fields = [
+            re.sub(r"\\(.)", r"\1", each) for each in re.findall(r"((?:\\.|[^:\\])*)(?::|$)", line)
+        ]
+        fits = (field in ("*", value) for field, value in zip(fields, wanted, strict=False))
+        if line[:1] != "#" and len(fields) > 4 and all(fits):
+            return fields[4]
+    return None

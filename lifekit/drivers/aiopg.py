@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from traceback import walk_tb
 from typing import Any
 
 import psycopg2
 from aiopg import Connection, Pool
-from psycopg2.extensions import parse_dsn
+from psycopg2.extensions import (
+    TRANSACTION_STATUS_IDLE,
+    TRANSACTION_STATUS_UNKNOWN,
+    parse_dsn,
+)
 
 from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError, note_once
+from lifekit._errors import DeclarationError, SandboxEscapedError, note_once
 from lifekit._redact import redact
+from lifekit._sandbox import refuse_stragglers
 
-from . import Driver, Sandbox
-from ._libpq import is_transient
-from ._loans import Loan, Loans, mix_in
+from . import Gateway, Sandbox, judge
+from ._checkouts import Checkout, Checkouts, Pooled, mix_in, pool_sandbox
 
-loans: Loans = Loans("aiopg")
+checkouts: Checkouts = Checkouts("aiopg")
 _MEND = "Return aiopg.create_pool(...) from the factory, so that each lifespan gets its own."
 
 
@@ -27,11 +32,16 @@ class _Noting(Pool):
 
     def _acquire(self) -> Any:
         # Called where acquire() is, even if wait_for() then awaits it in a task of its own.
-        return self._noted(loans.here())
+        return self._noted(checkouts.here())
 
-    async def _noted(self, loan: Loan) -> Connection:
-        connection = await super()._acquire()
-        loans.note(connection, loan)
+    async def _noted(self, checkout: Checkout) -> Connection:
+        try:
+            connection = await super()._acquire()
+        except asyncio.CancelledError as error:  # it becomes a TimeoutError
+            if 0 < (self.maxsize or 0) <= len(self._used):
+                checkouts.note_holders(error, list(self._used))
+            raise
+        checkouts.note(connection, checkout)
         return connection
 
     async def _fill_free_pool(self, override_min: bool) -> None:
@@ -43,8 +53,25 @@ class _Noting(Pool):
             raise RuntimeError("Cannot acquire connection after closing pool")
 
 
-class AiopgDriver(Driver[Pool]):
+class _InTests(_Noting):
+    """The same in test mode, where a use may be too late."""
+
+    async def _noted(self, checkout: Checkout) -> Connection:
+        refuse_stragglers("a pool of aiopg")
+        connection = await super()._noted(checkout)
+        try:
+            refuse_stragglers("a pool of aiopg")  # the block may have ended meanwhile
+        except SandboxEscapedError:
+            await self.release(connection)
+            raise
+        return connection
+
+
+class AiopgDriver(Pooled[Pool]):
     """Pools of aiopg, as `aiopg.create_pool()` gives them."""
+
+    checkouts = checkouts
+    use = "async with pool.acquire() as connection"
 
     async def open(self, value: Pool) -> Pool:
         """Take a pool that is this lifespan's own, and watch it."""
@@ -95,20 +122,44 @@ class AiopgDriver(Driver[Pool]):
         sizes = f"{value.minsize} to {value.maxsize or 'any number'}"
         return redact(f"aiopg pool of {sizes}, {_server(value)}")
 
-    def holders(self, value: Pool) -> Sequence[str]:
-        """Return where each connection that is out was acquired."""
+    def redirect(self, value: Pool, gateway: Gateway) -> Sandbox:
+        """Let the pool connect to the gateway's socket."""
+        from ._libpq import redirected
+
         pool: Any = value
-        return loans.lines(pool._used)
+        pool._given = parse_dsn(pool._dsn or "") | pool._conn_kwargs
+        pool._conn_kwargs = redirected(pool._given, gateway)
+        pool._dsn = ""
+        mix_in(_InTests, value)
+        return pool_sandbox(gateway, self, value)
 
-    def sandbox(self, value: Pool) -> Sandbox:
-        """Let the pool's connections, inside a block, share one that is never committed."""
-        from lifekit.sandbox.aiopg import sandbox
+    async def reconnect(self, value: Pool) -> None:
+        """Close the idle connections."""
+        await value.clear()
 
-        return sandbox(value)
+    def out(self, value: Pool) -> Sequence[Any]:
+        """Return the connections that are out."""
+        pool: Any = value
+        return list(pool._used)
+
+    def number(self, connection: Any) -> int:
+        """Return its server's process."""
+        return connection.raw.info.backend_pid  # type: ignore[no-any-return]
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Return whether a transaction is open on it."""
+        status = connection.raw.info.transaction_status
+        return status not in (TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_UNKNOWN)
+
+    async def take_back(self, value: Pool, connection: Any) -> None:
+        """Close it, and let the pool know."""
+        if not connection.closed:
+            connection.close()
+        await value.release(connection)
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or hung up on us."""
-        return isinstance(error, psycopg2.OperationalError) and is_transient(error)
+        return judge(error) is True
 
     def salvage(self, error: BaseException) -> None:
         """Close what a pool had opened when it failed to open: nobody else knows it."""
@@ -139,7 +190,7 @@ async def _wake(condition: Any) -> None:
 def _server(pool: Any) -> str:
     """Return where a pool connects to: its DSN, and the arguments that win over it."""
     try:
-        given = parse_dsn(pool._dsn or "") | pool._conn_kwargs
+        given = getattr(pool, "_given", None) or parse_dsn(pool._dsn or "") | pool._conn_kwargs
     except psycopg2.ProgrammingError:
         return "a malformed DSN"
     user, host, port = (given.get(name) or "" for name in ("user", "host", "port"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from traceback import walk_tb
@@ -12,25 +13,19 @@ import asyncpg
 from asyncpg import exceptions
 
 from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError, note_once
+from lifekit._errors import DeclarationError, SandboxEscapedError, note_once
 from lifekit._redact import redact
+from lifekit._sandbox import current_block, refuse_stragglers
 
-from . import Driver, Sandbox
-from ._loans import Loans, mix_in
+from . import Gateway, Sandbox, judge
+from ._checkouts import Checkouts, Pooled, mix_in, pool_sandbox
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[Any]
 else:
     Pool = asyncpg.Pool
 
-loans: Loans = Loans("asyncpg")
-_TRANSIENT = (
-    exceptions.PostgresConnectionError,
-    exceptions.TooManyConnectionsError,
-    exceptions.AdminShutdownError,
-    exceptions.CrashShutdownError,
-    exceptions.CannotConnectNowError,
-)
+checkouts: Checkouts = Checkouts("asyncpg")
 _MEND = "Return asyncpg.create_pool(...) from the factory, so that each lifespan gets its own."
 
 
@@ -40,14 +35,40 @@ class _Noting:
     __slots__ = ()  # the layout must not change
 
     async def _acquire(self, seconds: float | None) -> Any:
-        connection = await cast(Any, super())._acquire(seconds)
+        try:
+            connection = await cast(Any, super())._acquire(seconds)
+        except (TimeoutError, asyncio.CancelledError) as error:  # the latter becomes a TimeoutError
+            if len(out := _out(self)) >= cast(Any, self).get_max_size():
+                checkouts.note_holders(error, out)
+            raise
         # Not by the holder, which takes no weak reference before 0.32.
-        loans.note(connection._con, loans.here())
+        checkouts.note(connection._con, checkouts.here())
         return connection
 
 
-class AsyncpgDriver(Driver[Pool]):
+class _InTests(_Noting):
+    """The same in test mode, where a use may be too late."""
+
+    __slots__ = ()
+
+    async def _acquire(self, seconds: float | None) -> Any:
+        refuse_stragglers("a pool of asyncpg")
+        if seconds is None and current_block.get() is not None:
+            checkouts.refuse_hopeless(_out(self), cast(Any, self).get_max_size())
+        connection = await super()._acquire(seconds)
+        try:
+            refuse_stragglers("a pool of asyncpg")  # the block may have ended meanwhile
+        except SandboxEscapedError:
+            await cast(Any, self).release(connection)
+            raise
+        return connection
+
+
+class AsyncpgDriver(Pooled[Pool]):
     """Pools of asyncpg, as `asyncpg.create_pool()` returns them, awaited or not."""
+
+    checkouts = checkouts
+    use = "async with pool.acquire() as connection"
 
     async def open(self, value: Pool) -> Pool:
         """Open a pool that is this lifespan's own, and watch it."""
@@ -92,22 +113,45 @@ class AsyncpgDriver(Driver[Pool]):
         sizes = f"{value.get_min_size()} to {value.get_max_size()}"
         return redact(f"asyncpg pool of {sizes}, {_server(value)}")
 
-    def holders(self, value: Pool) -> Sequence[str]:
-        """Return where each connection that is out was acquired."""
+    def redirect(self, value: Pool, gateway: Gateway) -> Sandbox:
+        """Let the pool connect in a loop that leads to the gateway."""
         pool: Any = value
-        return loans.lines(holder._con for holder in pool._holders if not holder.is_idle())
+        connect = pool._connect  # what `create_pool(connect=...)` was given, or asyncpg's own
 
-    def sandbox(self, value: Pool) -> Sandbox:
-        """Let the pool's connections, inside a block, share one that is never committed."""
-        from lifekit.sandbox.asyncpg import sandbox
+        async def by_gateway(*args: Any, loop: Any = None, **options: Any) -> Any:
+            return await connect(*args, loop=gateway.loop(), **options)
 
-        return sandbox(value)
+        pool._connect = by_gateway
+        mix_in(_InTests, value)
+        return pool_sandbox(gateway, self, value)
+
+    async def reconnect(self, value: Pool) -> None:
+        """Let connections of before be closed when they would be used again."""
+        await value.expire_connections()
+
+    async def forget_schema(self, value: Pool) -> None:
+        """Renew its connections: they know of types, and of the rows of statements."""
+        await self.reconnect(value)
+
+    def out(self, value: Pool) -> Sequence[Any]:
+        """Return the connections that are out."""
+        return _out(value)
+
+    def number(self, connection: Any) -> int:
+        """Return its server's process."""
+        return connection.get_server_pid()  # type: ignore[no-any-return]
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Return whether a transaction is open on it."""
+        return not connection.is_closed() and bool(connection.is_in_transaction())
+
+    def take_back(self, value: Pool, connection: Any) -> None:
+        """Terminate it, of which the pool takes note."""
+        connection.terminate()
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or hung up on us."""
-        # PgBouncer says "protocol violation" whenever it refuses.
-        refused = isinstance(error, exceptions.ProtocolViolationError)
-        return isinstance(error, _TRANSIENT) and not refused
+        return judge(error) is True
 
     def salvage(self, error: BaseException) -> None:
         """Terminate a pool that failed to open inside a factory: before 0.32 nobody else does."""
@@ -116,6 +160,10 @@ class AsyncpgDriver(Driver[Pool]):
                 pool = frame.f_locals["self"]
                 note_once(error, f"lifekit: opening {self.describe(pool)}")
                 self.terminate(pool)
+
+
+def _out(pool: Any) -> list[Any]:
+    return [holder._con for holder in pool._holders if not holder.is_idle()]
 
 
 def _server(pool: Any) -> str:

@@ -5,14 +5,13 @@ Either may be installed without the other, so neither is imported: types go by n
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
 from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
-from . import Driver
+from . import Driver, judge
 
 _PACKAGES = {"httpx", "httpx2"}
 
@@ -62,20 +61,12 @@ class HttpxDriver(Driver[Client]):
 
     def transient(self, error: BaseException) -> bool:
         """Return whether no connection could be made, unless for the server's certificate."""
-        if _package(type(error), "ConnectTimeout", "ConnectError") is None:
-            return False
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-            cause = cause.__cause__ or cause.__context__
-        return cause is None
+        return judge(error) is True
 
 
-def _package(kind: type, *names: str) -> str | None:
-    """Return the package of *kind*, or of its nearest base there; of one of *names* if given."""
-    for base in kind.__mro__:
-        if base.__module__ in _PACKAGES and (not names or base.__name__ in names):
-            return base.__module__
-    return None
+def _package(kind: type) -> str | None:
+    """Return the package of *kind*, or of its nearest base there."""
+    return next((base.__module__ for base in kind.__mro__ if base.__module__ in _PACKAGES), None)
 
 
 driver: HttpxDriver = HttpxDriver()

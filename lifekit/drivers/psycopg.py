@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
+import anyio
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
-from psycopg_pool import AsyncConnectionPool, PoolClosed
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import Conninfo
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 from psycopg_pool.pool_async import StopWorker
 
 from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError
+from lifekit._errors import DeclarationError, SandboxEscapedError
 from lifekit._redact import redact
+from lifekit._sandbox import refuse_stragglers
 
-from . import Driver, Sandbox
-from ._libpq import is_transient
-from ._loans import Loans, named_like
+from . import Gateway, Sandbox, judge
+from ._checkouts import Checkouts, Pooled, named_like, pool_sandbox
 
 if TYPE_CHECKING:
     Pool = AsyncConnectionPool[Any]
+    SyncPool = ConnectionPool[Any]
 else:
     Pool = AsyncConnectionPool
+    SyncPool = ConnectionPool
 
-loans: Loans = Loans("psycopg_pool")
+T = TypeVar("T")
+
+checkouts: Checkouts = Checkouts("psycopg_pool")
 _MEND = (
     "Return AsyncConnectionPool(..., open=False) from the factory, so that each lifespan gets its own."
+)
+_MEND_SYNC = (
+    "Return ConnectionPool(..., open=False) from the factory, so that each lifespan gets its own."
 )
 _FOR_EVER = 10.0**9
 """Seconds: the lifespan's own deadline is the one that ends an opening."""
@@ -50,10 +61,21 @@ def _noting(kind: Any) -> Any:
         __slots__ = ()
 
         async def getconn(self, timeout: float | None = None) -> Any:  # noqa: ASYNC109
-            loan = loans.here()
-            connection = await super().getconn(timeout)
-            loans.note(connection, loan)
+            checkout = checkouts.here()
+            refuse_stragglers("a pool of psycopg")
+            try:
+                connection = await super().getconn(timeout)
+            except (PoolTimeout, TooManyRequests, asyncio.CancelledError) as error:
+                if 0 < self.max_size <= len(out := _out(self)):  # cancelled, it becomes a TimeoutError
+                    checkouts.note_holders(error, out)
+                raise
+            checkouts.note(connection, checkout)
             self._out.add(connection)
+            try:
+                refuse_stragglers("a pool of psycopg")  # the sandbox may have ended meanwhile
+            except SandboxEscapedError:
+                await self.putconn(connection)
+                raise
             return connection
 
         async def putconn(self, conn: Any) -> None:
@@ -83,8 +105,136 @@ def called_like(kind: Any, derived: Any) -> Any:
     return derived
 
 
-class PsycopgDriver(Driver[Pool]):
+@functools.cache
+def _noting_sync(kind: Any) -> Any:
+    """Return the same for a pool that blocks."""
+    base = SyncPool if TYPE_CHECKING else kind
+
+    class Noting(base):  # type: ignore[misc,valid-type]
+        _out: set[Any]
+
+        __slots__ = ()
+
+        def getconn(self, timeout: float | None = None) -> Any:
+            checkout = checkouts.here()
+            refuse_stragglers("a pool of psycopg")
+            try:
+                connection = super().getconn(timeout)
+            except (PoolTimeout, TooManyRequests) as error:
+                if 0 < self.max_size <= len(out := _out(self)):
+                    checkouts.note_holders(error, out)
+                raise
+            checkouts.note(connection, checkout)
+            self._out.add(connection)
+            try:
+                refuse_stragglers("a pool of psycopg")  # the sandbox may have ended meanwhile
+            except SandboxEscapedError:
+                self.putconn(connection)
+                raise
+            return connection
+
+        def putconn(self, conn: Any) -> None:
+            try:
+                super().putconn(conn)
+            finally:
+                self._out.discard(conn)
+
+    return called_like(kind, Noting)
+
+
+class _Pools(Pooled[T]):
+    """What pools of both kinds have in common."""
+
+    checkouts = checkouts
+    use = "with pool.connection() as connection"
+
+    def describe(self, value: T) -> str:
+        """Return its sizes and its server."""
+        pool: Any = value
+        return redact(f"psycopg pool of {pool.min_size} to {pool.max_size}, {_server(pool)}")
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether the server is starting, stopping or full, or hung up on us."""
+        return judge(error) is True
+
+    def redirect(self, value: T, gateway: Gateway) -> Sandbox:
+        """Let the pool connect to the gateway's socket."""
+        redirect(value, gateway)
+        return pool_sandbox(gateway, self, value)
+
+    def out(self, value: T) -> Sequence[Any]:
+        """Return the connections that are out."""
+        return _out(value)
+
+    def number(self, connection: Any) -> int:
+        """Return its server's process."""
+        return connection.info.backend_pid  # type: ignore[no-any-return]
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Return whether a transaction is open on it."""
+        return connection.info.transaction_status.name in ("ACTIVE", "INTRANS", "INERROR")
+
+
+class SyncPsycopgDriver(_Pools[SyncPool]):
+    """Pools of psycopg 3 that block, as `ConnectionPool(..., open=False)` makes them."""
+
+    async def open(self, value: SyncPool) -> SyncPool:
+        """Open a pool, in a thread, and watch it."""
+        pool: Any = value
+        if value.closed and pool._opened:
+            raise DeclarationError(f"this psycopg pool is closed already. {_MEND_SYNC}")
+        self.watch(value)
+        await anyio.to_thread.run_sync(
+            functools.partial(value.open, wait=True, timeout=_FOR_EVER), abandon_on_cancel=True
+        )
+        return value
+
+    def watch(self, value: SyncPool) -> None:
+        """Let the pool note who acquires its connections."""
+        pool: Any = value
+        if not hasattr(pool, "_out"):
+            pool._out = set()
+            with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
+                pool.__class__ = _noting_sync(pool.__class__)
+
+    async def check(self, value: SyncPool) -> None:
+        """Run one `SELECT 1`, in a thread."""
+
+        def ask() -> None:
+            with value.connection() as connection:
+                connection.execute("SELECT 1")
+
+        await anyio.to_thread.run_sync(ask)
+
+    async def close(self, value: SyncPool) -> None:
+        """Hand out no more connections, and close the idle ones."""
+        await anyio.to_thread.run_sync(value.close)
+
+    async def wait_closed(self, value: SyncPool) -> None:
+        """Wait for every connection that is out, of which no event tells."""
+        while _out(value):  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+
+    def terminate(self, value: SyncPool) -> None:
+        """Hand out no more connections, and wait for nothing."""
+        value.close(timeout=0)
+
+    async def reconnect(self, value: SyncPool) -> None:
+        """Close the idle connections, and let those that are out be closed when they come back."""
+        if not value.closed:
+            await anyio.to_thread.run_sync(value.drain)
+
+    async def take_back(self, value: SyncPool, connection: Any) -> None:
+        """Let the pool know that it is closed. Who is in the midst of a statement gives it back."""
+        if connection.info.transaction_status.name != "ACTIVE":
+            connection.close()
+            value.putconn(connection)
+
+
+class PsycopgDriver(_Pools[Pool]):
     """Pools of psycopg 3, as `AsyncConnectionPool(..., open=False)` makes them."""
+
+    use = "async with pool.connection() as connection"
 
     async def open(self, value: Pool) -> Pool:
         """Open a pool that is this lifespan's own, and watch it."""
@@ -148,23 +298,16 @@ class PsycopgDriver(Driver[Pool]):
             await pool._waiting.popleft().fail(PoolClosed(f"the pool {pool.name!r} is closed"))
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def describe(self, value: Pool) -> str:
-        """Return its sizes and its server."""
-        return redact(f"psycopg pool of {value.min_size} to {value.max_size}, {_server(value)}")
+    async def reconnect(self, value: Pool) -> None:
+        """Close the idle connections, and let those that are out be closed when they come back."""
+        if not value.closed:
+            await value.drain()
 
-    def holders(self, value: Pool) -> Sequence[str]:
-        """Return where each connection that is out was acquired."""
-        return loans.lines(_out(value))
-
-    def sandbox(self, value: Pool) -> Sandbox:
-        """Let the pool's connections, inside a block, share one that is never committed."""
-        from lifekit.sandbox.psycopg import sandbox
-
-        return sandbox(value)
-
-    def transient(self, error: BaseException) -> bool:
-        """Return whether the server is starting, stopping or full, or hung up on us."""
-        return isinstance(error, psycopg.OperationalError) and is_transient(error)
+    async def take_back(self, value: Pool, connection: Any) -> None:
+        """Let the pool know that it is closed. Who is in the midst of a statement gives it back."""
+        if connection.info.transaction_status.name != "ACTIVE":
+            connection.pgconn.finish()
+            await value.putconn(connection)
 
     def salvage(self, error: BaseException) -> None:
         """Cut off a pool whose opening failed inside a factory: its tasks would go on."""
@@ -172,6 +315,53 @@ class PsycopgDriver(Driver[Pool]):
         for frame, _ in walk_tb(error.__traceback__):
             if frame.f_code is waits:
                 _cut(frame.f_locals["self"])
+
+
+def redirect(pool: Any, gateway: Gateway) -> None:
+    """Let a pool connect to the gateway's socket. What it is given may be functions."""
+    from ._libpq import redirected
+
+    gateway.serves_threads()
+    conninfo, arguments = pool.conninfo, pool.kwargs
+
+    def info_of(info: Any, more: dict[str, Any] | None) -> str:
+        servers = {name: value for name, value in (more or {}).items() if name in _PARAMETERS}
+        return make_conninfo("", **redirected(conninfo_to_dict(info or "", **servers), gateway))
+
+    def others_of(more: dict[str, Any] | None) -> dict[str, Any]:
+        return {name: value for name, value in (more or {}).items() if name not in _PARAMETERS}
+
+    async def by_gateway() -> str:
+        return info_of(await _called(conninfo), await _called(arguments))
+
+    async def others() -> dict[str, Any]:
+        return others_of(await _called(arguments))
+
+    def by_gateway_at_once() -> str:
+        info: Any = conninfo() if callable(conninfo) else conninfo
+        more: Any = arguments() if callable(arguments) else arguments
+        return info_of(info, more)
+
+    def others_at_once() -> dict[str, Any]:
+        more: Any = arguments() if callable(arguments) else arguments
+        return others_of(more)
+
+    blocks = isinstance(pool, ConnectionPool)
+    pool.conninfo = by_gateway_at_once if blocks else by_gateway
+    pool.kwargs = others_at_once if blocks else others
+    _given[pool] = conninfo, arguments
+
+
+_given: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+"""What pools that go by a gateway were given."""
+
+
+async def _called(given: Any) -> Any:
+    made: Any = given() if callable(given) else given
+    return await made if inspect.isawaitable(made) else made
+
+
+_PARAMETERS = {each.keyword.decode() for each in Conninfo.get_defaults()}
 
 
 def _loop(pool: Any) -> object | None:
@@ -187,6 +377,9 @@ def _tasks(pool: Any) -> list[asyncio.Task[None]]:
 def _cancel(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
+        # Python 3.11's wait_for() swallows a cancellation that comes in the turn in which what it waits
+        # for is done, and the pool's scheduler then waits again.
+        task.get_loop().call_soon(task.cancel)
 
 
 def _out(pool: Any) -> list[Any]:
@@ -213,20 +406,22 @@ def _cut(pool: Any) -> list[asyncio.Task[None]]:
 
 def _server(pool: Any) -> str:
     """Return where a pool connects to: its conninfo, and the arguments that win over it."""
-    conninfo: Any = pool.conninfo
-    arguments: Any = pool.kwargs or {}
-    if callable(conninfo) or callable(arguments):
+    conninfo, given = _given.get(pool, (pool.conninfo, pool.kwargs))
+    if callable(conninfo) or callable(given):
         return "the server that a function names"
+    arguments: dict[str, Any] = given or {}
     names = ("user", "password", "host", "port", "dbname")
     try:
-        given = conninfo_to_dict(conninfo, **{key: arguments[key] for key in names if key in arguments})
+        more = {key: arguments[key] for key in names if key in arguments}
+        found = conninfo_to_dict(conninfo, **more)
     except psycopg.ProgrammingError:
         return "a malformed conninfo"
-    user, host, port, database = (given.get(name) or "" for name in ("user", "host", "port", "dbname"))
+    user, host, port, database = (found.get(name) or "" for name in ("user", "host", "port", "dbname"))
     if not (host or user or database):
         return "the server that PGHOST names"
-    login = f"{user}{':***' if given.get('password') else ''}@" if user else ""
+    login = f"{user}{':***' if found.get('password') else ''}@" if user else ""
     return f"postgresql://{login}{host}{':' if port else ''}{port}/{database}"
 
 
 driver: PsycopgDriver = PsycopgDriver()
+sync_driver: SyncPsycopgDriver = SyncPsycopgDriver()

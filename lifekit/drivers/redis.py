@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,22 +12,10 @@ from lifekit._backend import running_loop
 from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
-from . import Driver, Sandbox
+from . import Driver, Sandbox, judge
 
 Client = Redis | RedisCluster
 
-_TRANSIENT = (
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-    exceptions.ClusterDownError,
-    exceptions.TryAgainError,
-)
-_PERMANENT = (  # they derive from ConnectionError, or hide behind one
-    exceptions.AuthenticationError,
-    exceptions.AuthorizationError,
-    exceptions.MaxConnectionsError,
-    ssl.SSLCertVerificationError,
-)
 _MEND = "Make the client in the factory, so that each lifespan gets its own."
 
 
@@ -89,13 +76,7 @@ class RedisDriver(Driver[Client]):
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or a cluster is forming."""
-        if isinstance(error, exceptions.RedisClusterException):
-            if error.__cause__ is not None:
-                return self.transient(error.__cause__)
-            return "slots are not covered" in str(error)
-        if isinstance(error, _PERMANENT) or isinstance(error.__context__, _PERMANENT):
-            return False
-        return isinstance(error, _TRANSIENT)
+        return judge(error) is True
 
 
 def _connections(client: Any) -> Sequence[Any]:

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
+import ssl
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import anyio
 from greenlet import getcurrent  # type: ignore[import-untyped]
-from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy import Engine, event, select
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
+from sqlalchemy.util import greenlet_spawn
 
 from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError
+from lifekit._errors import DeclarationError, SandboxEscapedError, SandboxUnsupportedError
 from lifekit._redact import redact
-from lifekit._transient import is_transient
+from lifekit._sandbox import refuse_stragglers
+from lifekit._transient import is_known_to_pass
 
-from . import Driver, Sandbox
-from ._loans import Loan, Loans, mix_in
+from . import Gateway, Sandbox, Tls
+from ._checkouts import Checkout, Checkouts, Pooled, current_task, mix_in, pool_sandbox
 
-loans: Loans = Loans("sqlalchemy")
+T = TypeVar("T")
+
+checkouts: Checkouts = Checkouts("sqlalchemy")
 _INSIDE = {"contextlib", "lifekit", "sqlalchemy"}
 _MEND = "Return create_async_engine(...) from the factory, so that each lifespan gets its own."
 
@@ -59,21 +66,237 @@ class _Noting(Pool):
         use = self._use
         if use.cut:
             raise _ended()
-        fairy: Any = super().connect()
+        try:
+            fairy: Any = super().connect()
+        except (PoolTimeout, asyncio.CancelledError) as error:  # the latter becomes a TimeoutError
+            if 0 < _most(self) <= len(out := use.out()):
+                checkouts.note_holders(error, out)
+            raise
         if use.cut:  # it was on its way
             fairy.invalidate()
             raise _ended()
+        try:
+            refuse_stragglers("an engine of SQLAlchemy")
+        except SandboxEscapedError:
+            fairy.close()
+            raise
         use.fairies.add(fairy)
         use.records.add(fairy._connection_record)
-        task = asyncio.current_task()
-        loans.note(fairy, Loan(user_frame(), task.get_name() if task is not None else None))
+        checkouts.note(fairy, Checkout(user_frame(), current_task()))
         return fairy
 
     def recreate(self) -> Any:
         return _note(super().recreate(), self._use)
 
 
-class SqlalchemyDriver(Driver[AsyncEngine]):
+class _Engines(Pooled[T]):
+    """What engines of both kinds have in common."""
+
+    checkouts = checkouts
+    use = "with engine.connect() as connection, or Session(engine) as session"
+
+    def describe(self, value: T) -> str:
+        """Return its limit and its database."""
+        engine = sync(value)
+        most = _most(engine.pool)
+        limit = f" of up to {most} connections" if most > 0 else ""
+        given = engine.url
+        # Passwords can be anywhere else in the query, as in odbc_connect.
+        query = {name: given.query[name] for name in ("host", "port") if name in given.query}
+        url = given.set(query=query).render_as_string(hide_password=True)
+        return redact(f"SQLAlchemy engine{limit}, {url}")
+
+    async def close(self, value: T) -> None:
+        """Wait for every connection that is out, which `dispose()` does not, then dispose."""
+        use = use_of(value)
+        if use.opened > 1:  # by two engines of which one derives from the other
+            use.opened -= 1
+            return
+        # They come back in several ways, by garbage collection too, and no event tells of them all.
+        while use.out():  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+        await self._dispose(value)
+        use.opened, use.loop = 0, None
+
+    async def _dispose(self, value: T) -> None:
+        raise NotImplementedError
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether the driver's own error, which SQLAlchemy wraps twice, is."""
+        return is_known_to_pass(error)
+
+    def out(self, value: T) -> Sequence[Any]:
+        """Return the connections that are out."""
+        return use_of(value).out()
+
+    def redirect(self, value: T, gateway: Gateway) -> Sandbox | None:
+        """Change what the engine's dialect is given as it connects."""
+        engine = root(sync(value))
+        if engine.dialect.name != "postgresql":
+            return UnsupportedSandbox(f"{engine.dialect.name}+{engine.dialect.driver}")
+        if engine.dialect.driver != "asyncpg":
+            gateway.serves_threads()
+        if engine not in _gateways:
+            event.listen(engine, "do_connect", functools.partial(_by_gateway, ref(engine)))
+            event.listen(engine, "connect", functools.partial(_came_by_gateway, ref(engine)))
+        elif _gateways[engine] is gateway:
+            return None  # by another engine, from which this one derives, or that derives from this
+        _gateways[engine] = gateway
+        return pool_sandbox(gateway, self, value)
+
+    def restore(self, value: T) -> None:
+        """Let the engine connect as it did."""
+        _gateways[root(sync(value))] = None
+
+    async def reconnect(self, value: T) -> None:
+        """Close the idle connections."""
+        engine, here = sync(value), running_loop()
+        idle = list(_idle(engine.pool))
+        if idle and all(_loop_of(each.dbapi_connection) in (None, here) for each in idle):
+            await greenlet_spawn(engine.dispose)
+
+    async def forget_schema(self, value: T) -> None:
+        """Renew asyncpg's connections, which know of types, and of the rows of statements."""
+        if sync(value).dialect.driver == "asyncpg":
+            await self.reconnect(value)
+
+    def number(self, connection: Any) -> int | None:
+        """Return its server's process."""
+        return _number(connection.driver_connection)
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Return whether a transaction is open on it."""
+        driver = connection.driver_connection
+        if hasattr(driver, "is_in_transaction"):  # asyncpg's
+            return not driver.is_closed() and bool(driver.is_in_transaction())
+        info = getattr(driver, "info", None)
+        return info is not None and info.transaction_status not in (0, 4)  # idle, unknown
+
+    async def take_back(self, value: T, connection: Any) -> None:
+        """Let the pool know that it is closed. Who is in the midst of a statement gives it back."""
+        info = getattr(connection.driver_connection, "info", None)
+        if info is None or info.transaction_status != 1:  # active
+            await greenlet_spawn(connection.invalidate)
+
+
+_gateways: WeakKeyDictionary[Any, Gateway | None] = WeakKeyDictionary()
+"""By which gateway engines connect. Their listeners stay."""
+
+
+def _by_gateway(
+    engine: Callable[[], Any], dialect: Any, record: object, args: list[Any], given: dict[str, Any]
+) -> None:
+    gateway = _gateways.get(engine())
+    if gateway is None:
+        return
+    if dialect.driver == "asyncpg":
+        given["loop"] = gateway.loop()
+    elif dialect.driver in ("psycopg", "psycopg_async", "psycopg2"):
+        from ._libpq import redirected
+
+        named = {"dbname": given.pop("database")} if "database" in given else {}
+        servers = {**_by_position(dialect, args), **given, **named}
+        args.clear()
+        given.clear()
+        given.update(redirected(servers, gateway))
+    elif dialect.driver == "pg8000":
+        tls = given.pop("ssl_context", None)
+        host, port = given.get("host") or "localhost", given.get("port") or 5432
+        context = ssl.create_default_context() if tls is True else tls
+        folder, number = gateway.socket(host, port, tls=Tls(context) if context else None)
+        given["unix_sock"] = f"{folder}/.s.PGSQL.{number}"
+    else:
+        raise UnsupportedSandbox(f"postgresql+{dialect.driver}").error()
+
+
+def _by_position(dialect: Any, args: list[Any]) -> dict[str, Any]:
+    """Return what the arguments by position say, which are none or one string of libpq's."""
+    if not args or not args[0]:
+        return {}
+    if dialect.driver == "psycopg2":
+        from psycopg2.extensions import parse_dsn
+
+        return parse_dsn(args[0])
+    from psycopg.conninfo import conninfo_to_dict
+
+    return conninfo_to_dict(args[0])
+
+
+def _came_by_gateway(engine: Callable[[], Any], connection: Any, record: Any) -> None:
+    gateway: Any = _gateways.get(engine())
+    number = _number(record.driver_connection)
+    if gateway is not None and number is not None and not gateway.knows(number):
+        raise SandboxUnsupportedError(
+            "this engine's connections are made by its `creator`, which lifekit can't point at its "
+            "sandbox. Let a `do_connect` listener do what the creator does, or override the resource."
+        )
+
+
+def _number(driver: Any) -> int | None:
+    if hasattr(driver, "get_server_pid"):  # asyncpg's
+        return driver.get_server_pid()  # type: ignore[no-any-return]
+    info = getattr(driver, "info", None)
+    return info.backend_pid if info is not None else None
+
+
+class UnsupportedSandbox(Sandbox):
+    """The sandbox of an engine that can have none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def error(self) -> SandboxUnsupportedError:
+        """Return what says so."""
+        return SandboxUnsupportedError(
+            f"a SQLAlchemy engine on {self._name} can't be sandboxed, one on postgresql with asyncpg, "
+            "psycopg, psycopg2 or pg8000 can. Let the engine's factory make that under test, override "
+            'the resource, or run the test without a sandbox: @pytest.mark.lifekit(isolation="none"), '
+            "on a database of its own."
+        )
+
+    async def begin(self) -> None:
+        """Say so.
+
+        Raises:
+            SandboxUnsupportedError: Always.
+        """
+        raise self.error()
+
+
+class EngineDriver(_Engines[Engine]):
+    """Sync engines, as `create_engine()` returns them, of any dialect."""
+
+    async def open(self, value: Engine) -> Engine:
+        """Take an engine, and watch it."""
+        use_of(value).opened += 1
+        self.watch(value)
+        return value
+
+    def watch(self, value: Engine) -> None:
+        """Let the engine's pool note who takes its connections."""
+        use = use_of(value)
+        use.cut = False
+        _note(value.pool, use)
+
+    async def check(self, value: Engine) -> None:
+        """Run one `SELECT 1`, in a thread."""
+
+        def ask() -> None:
+            with value.connect() as connection:
+                connection.scalar(select(1))
+
+        if value.dialect.name != "sqlite":  # of which each thread may have its own
+            await anyio.to_thread.run_sync(ask)
+
+    async def _dispose(self, value: Engine) -> None:
+        await anyio.to_thread.run_sync(value.dispose)
+
+    def terminate(self, value: Engine) -> None:
+        """Cut every connection off, and let none arrive that is on its way."""
+        _cut_all(value, use_of(value))
+
+
+class SqlalchemyDriver(_Engines[AsyncEngine]):
     """Engines as `create_async_engine()` returns them, of any dialect."""
 
     async def open(self, value: AsyncEngine) -> AsyncEngine:
@@ -99,61 +322,31 @@ class SqlalchemyDriver(Driver[AsyncEngine]):
         async with value.connect() as connection:
             await connection.scalar(select(1))
 
-    async def close(self, value: AsyncEngine) -> None:
-        """Wait for every connection that is out, which `dispose()` does not, then dispose."""
-        use = use_of(value)
-        if use.opened > 1:  # by two engines of which one derives from the other
-            use.opened -= 1
-            return
-        # They come back in several ways, by garbage collection too, and no event tells of them all.
-        while use.out():  # noqa: ASYNC110
-            await anyio.sleep(0.01)
+    async def _dispose(self, value: AsyncEngine) -> None:
         await value.dispose()
-        use.opened, use.loop = 0, None
 
     def terminate(self, value: AsyncEngine) -> None:
         """Cut every connection off, and let none arrive that is on its way."""
         use = use_of(value)
-        if use.loop is not running_loop():
-            return  # `open` refused it: it is another's
-        use.opened = max(use.opened - 1, 0)
-        if use.opened:
-            return
-        use.cut, use.loop = True, None
-        engine = value.sync_engine
-        owners = [*use.out(), *use.records, *_idle(engine.pool)]
-        for connection in dict.fromkeys(owner.dbapi_connection for owner in owners):
-            if connection is not None:
-                _cut(engine.dialect, connection)
-        engine.dispose(close=False)
+        if use.loop is running_loop():  # else `open` refused it: it is another's
+            _cut_all(value.sync_engine, use)
 
-    def describe(self, value: AsyncEngine) -> str:
-        """Return its limit and its database."""
-        pool: Any = value.sync_engine.pool
-        most = pool.size() + pool._max_overflow if hasattr(pool, "_max_overflow") else 0
-        limit = f" of up to {most} connections" if most > 0 and pool._max_overflow >= 0 else ""
-        given = value.sync_engine.url
-        # Passwords can be anywhere else in the query, as in odbc_connect.
-        query = {name: given.query[name] for name in ("host", "port") if name in given.query}
-        url = given.set(query=query).render_as_string(hide_password=True)
-        return redact(f"SQLAlchemy engine{limit}, {url}")
 
-    def holders(self, value: AsyncEngine) -> Sequence[str]:
-        """Return where each connection that is out was taken."""
-        return loans.lines(use_of(value).out())
+def _cut_all(engine: Any, use: Use) -> None:
+    use.opened = max(use.opened - 1, 0)
+    if use.opened:
+        return
+    use.cut, use.loop = True, None
+    owners = [*use.out(), *use.records, *_idle(engine.pool)]
+    for connection in dict.fromkeys(owner.dbapi_connection for owner in owners):
+        if connection is not None:
+            _cut(engine.dialect, connection)
+    engine.dispose(close=False)
 
-    def sandbox(self, value: AsyncEngine) -> Sandbox | None:
-        """Let the engine's connections, inside a block, share one that is never committed."""
-        from lifekit.sandbox.sqlalchemy import sandbox
 
-        return sandbox(value)
-
-    def transient(self, error: BaseException) -> bool:
-        """Return whether the driver's own error, which SQLAlchemy wraps twice, is."""
-        if not isinstance(error, DBAPIError) or error.orig is None:
-            return False
-        wrapped = [error.orig, error.orig.__cause__]
-        return any(is_transient(each) for each in wrapped if each and not isinstance(each, DBAPIError))
+def sync(value: Any) -> Any:
+    """Return the sync engine that an engine is, or has."""
+    return getattr(value, "sync_engine", value)
 
 
 def root(engine: Any) -> Any:
@@ -184,9 +377,15 @@ def _ended() -> InvalidRequestError:
     return InvalidRequestError("this engine was cut off when its lifespan ended")
 
 
-def use_of(value: AsyncEngine) -> Use:
+def use_of(value: Any) -> Use:
     """Return how an engine is used."""
-    return _uses.setdefault(root(value.sync_engine), Use())
+    return _uses.setdefault(root(sync(value)), Use())
+
+
+def _most(pool: Any) -> int:
+    """Return how many connections a pool hands out at most, 0 where there is no limit."""
+    overflow: int = getattr(pool, "_max_overflow", -1)
+    return pool.size() + overflow if overflow >= 0 else 0
 
 
 def _note(pool: Any, use: Use) -> Any:
@@ -220,3 +419,4 @@ def _cut(dialect: Any, connection: Any) -> None:
 
 
 driver: SqlalchemyDriver = SqlalchemyDriver()
+sync_driver: EngineDriver = EngineDriver()

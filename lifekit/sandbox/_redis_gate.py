@@ -14,12 +14,12 @@ from typing import Any, Protocol, cast
 from redis import exceptions
 
 from lifekit._errors import SandboxEscapedError
-from lifekit.drivers._loans import Loans, named_like
+from lifekit.drivers._checkouts import Checkouts, named_like
 
 from . import _redis_commands as commands
 from ._redis_lease import Lease
 
-loans = Loans("redis")
+checkouts = Checkouts("redis")
 _scripts: dict[str, bytes] = {}
 """Scripts that went through a gate, by their digest."""
 _HIDDEN: Any = object()
@@ -154,7 +154,7 @@ class Gate:
         subscribing, unsubscribing = name in commands.SUBSCRIBING, name in commands.UNSUBSCRIBING
         if not subscribing and not unsubscribing:
             if self.sandbox.active and name not in _CLEANING_UP:
-                [site] = loans.lines([connection])
+                [site] = checkouts.lines([connection])
                 raise SandboxEscapedError(
                     f"{name} is sent on a connection that was acquired before the sandbox began, at "
                     f"{site}, and what it does would last. Acquire one when it is needed, for as long "

@@ -377,6 +377,19 @@ def _joined(text: bytes) -> str:
     return halves.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+# What it may set
+
+FOR_THE_SESSION = re.compile(r",\s*(?:false|'(?:f|false|0|no|off)')(?:::\w+)?\s*\)", re.IGNORECASE)
+"""What ends a call of set_config() for longer than the transaction."""
+WORDS = {
+    "session authorization": "session_authorization",
+    "time zone": "timezone",
+    "schema": "search_path",
+    "names": "client_encoding",
+}
+"""Settings that SQL has words of its own for."""
+
+
 # What else a statement may change
 
 _LASTING = re.compile(r"set_config|pg_settings|advisory|setseed|u&\"", re.IGNORECASE)

@@ -21,7 +21,7 @@ from lifekit._sandbox import current_block, refuse_stragglers
 from lifekit.drivers import Sandbox
 
 from ._redis_commands import Channels
-from ._redis_gate import guard, loans, mixed
+from ._redis_gate import checkouts, guard, mixed
 from ._redis_lease import FAILURES, Lease, Link, cut, take
 
 _SECONDS = 5.0
@@ -94,7 +94,7 @@ class RedisSandbox(Sandbox):
             self._pool._available_connections.append(single)
         await self._let_go(lease)
         strays = list(self._pool._in_use_connections)
-        told = self._told(loans.lines(strays)) if strays else None
+        told = self._told(checkouts.lines(strays)) if strays else None
         self._leave_block(strays)
         self._may_ask.set()
         await self._wake()
@@ -285,13 +285,13 @@ class SandboxedPool:
     async def get_connection(self, *args: Any, **options: Any) -> Any:
         """Return a connection of this side, to who may have one."""
         refuse_stragglers("a redis client")
-        site = loans.here()
+        site = checkouts.here()
         is_guest = current_block.get() is None
         while True:
             await self._sandbox.may_ask(is_guest)
             connection = await cast(Any, super()).get_connection(*args, **options)
             connection._gate.is_guest, connection._gate.waits = is_guest, False
-            loans.note(connection, site)
+            checkouts.note(connection, site)
             try:
                 refuse_stragglers("a redis client")
             except SandboxEscapedError:

@@ -19,10 +19,13 @@ from lifekit._errors import (
     StartupError,
     WrongLoopError,
     summary,
+    text_of,
 )
 from lifekit._lifespan import Lifespan
+from lifekit._overrides import overrides, refuse_useless
 from lifekit._redact import redact
 from lifekit._sandbox import Block, Sandboxing, sandboxing
+from lifekit._stand_in import redact_error
 from lifekit.asgi import ASGIApp, Scope
 
 
@@ -88,9 +91,13 @@ class Running:
 
         Raises:
             WrongLoopError: It runs in another event loop.
+            OverrideError: An override around this code came too late for this application.
         """
         if running_loop() is not self._loop:
             raise WrongLoopError(_ANOTHER_LOOP, resource="app", opened_at="another event loop")
+        if overrides.get():
+            for lifespan in self.lifespans:
+                refuse_useless(lifespan)
         await self.application({**scope, "state": self.state.copy()}, receive, send)
 
     @property
@@ -191,7 +198,7 @@ class Running:
             if not self._cancelled:
                 self._lost()
         except BaseException as error:
-            self._error = error
+            self._error = redact_error(error)
         finally:
             self._end()
 
@@ -244,7 +251,7 @@ async def _entered(blocks: list[Block]) -> AsyncGenerator[Block]:
 
 def _note(error: BaseException, what: str, failure: BaseException) -> None:
     error.add_note(
-        f"lifekit: and the application did not {what} cleanly: {summary(failure)}\n{failure}"
+        f"lifekit: and the application did not {what} cleanly: {summary(failure)}\n{text_of(failure)}"
     )
 
 

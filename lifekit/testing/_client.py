@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -16,6 +17,7 @@ from lifekit._sandbox import current_block
 from lifekit.asgi import ASGIApp
 
 from ._app import Running, running
+from ._websocket import transport_for
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -35,7 +37,7 @@ async def client(app: ASGIApp, *, sandbox: bool = False, **options: Any) -> Asyn
             its lifespan itself does while it starts and stops is real.
         options: Those of httpx2's (else httpx's) ``AsyncClient``, of which ``base_url`` is
             ``http://test`` by default, and of its ``ASGITransport``: ``raise_app_exceptions``,
-            ``root_path``, ``client``.
+            ``root_path``, ``client``; and ``client_class``, a class to use instead of ``AsyncClient``.
 
     Raises:
         StartupError: At the ``async with``; another lifespan's own errors come likewise.
@@ -56,6 +58,7 @@ def client_of(
     served: Running,
     *,
     base_url: object = None,
+    client_class: type[AsyncClient] | None = None,
     raise_app_exceptions: bool = True,
     root_path: str = "",
     client: tuple[str, int] = ("127.0.0.1", 123),
@@ -63,15 +66,25 @@ def client_of(
 ) -> AsyncClient:
     """Return a client of an application that runs; there may be any number of them."""
     httpx = _httpx()
-    transport = httpx.ASGITransport(
+    transport = transport_for(httpx)(
         served.app, raise_app_exceptions=raise_app_exceptions, root_path=root_path, client=client
     )
     # What the environment says of proxies and logins is not for an application in the same process.
     options.setdefault("trust_env", False)
-    made: AsyncClient = httpx.AsyncClient(
+    make: Any = client_class or httpx.AsyncClient
+    made = make(
         transport=transport, base_url=_at_test(httpx) if base_url is None else base_url, **options
     )
-    return made
+    if not hasattr(made, "websocket"):
+        made.websocket = _no_websockets
+    return cast("AsyncClient", made)
+
+
+def _no_websockets(*args: object, **options: object) -> None:
+    raise LifekitError(
+        "httpx has no websockets, and httpx2 has: pip install 'httpx2[ws]', and lifekit's client is "
+        "httpx2's. Or write a sync test: sync_client.websocket_connect(url)."
+    )
 
 
 @contextmanager
@@ -93,7 +106,7 @@ def sync_client(
             its lifespan itself does while it starts and stops is real.
         backend: The kind of event loop.
         backend_options: AnyIO's, such as ``{"use_uvloop": True}``.
-        options: The other ones of ``TestClient``.
+        options: The other ones of ``TestClient``, and ``sync_client_class``, a class to use instead.
 
     Raises:
         StartupError: At the ``with``; another lifespan's own errors come likewise.
@@ -112,11 +125,19 @@ def sync_client(
 
 
 @contextmanager
-def sync_client_of(served: Running, portal: BlockingPortal, **options: Any) -> Generator[TestClient]:
+def sync_client_of(
+    served: Running,
+    portal: BlockingPortal,
+    *,
+    sync_client_class: type[TestClient] | None = None,
+    **options: Any,
+) -> Generator[TestClient]:
     """Give a client of an application that runs in the event loop of *portal*."""
     from starlette.testclient import TestClient
 
-    made = TestClient(served.app, **options)
+    if "headers" in options:
+        options["headers"] = dict(options["headers"])  # to which TestClient adds its own
+    made = (sync_client_class or TestClient)(served.app, **options)
     made.app = served.application  # whose dependency_overrides tests set
     made.app_state = served.state
     made.portal = portal
@@ -135,6 +156,46 @@ def sandbox_in(portal: BlockingPortal, served: Running) -> Generator[None]:
         finally:
             if current_block.get() is block:
                 current_block.set(outer)
+
+
+class OptionError(LifekitError):
+    """Options for clients that no client knows."""
+
+
+def known_options(options: object, which: Literal["client", "sync_client"]) -> dict[str, Any]:
+    """Return those of `lifekit_client_options` that one of the two clients knows.
+
+    Raises:
+        OptionError: They are no dict, or neither of them knows one.
+    """
+    from starlette.testclient import TestClient
+
+    if not isinstance(options, dict):
+        raise OptionError(
+            f"lifekit_client_options gives a {type(options).__name__}, and a dict is expected: "
+            'return {"base_url": "https://shop.test", "headers": {…}}'
+        )
+    given: dict[str, Any] = {str(key): value for key, value in options.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    httpx = _httpx()
+    known = {
+        "client": _names(
+            client_of, httpx.ASGITransport, given.get("client_class") or httpx.AsyncClient
+        ),
+        "sync_client": _names(sync_client_of, given.get("sync_client_class") or TestClient),
+    }
+    unknown = given.keys() - known["client"] - known["sync_client"]
+    if unknown:
+        raise OptionError(
+            f"lifekit_client_options has {', '.join(sorted(unknown))}, which neither client knows. "
+            f"client takes {', '.join(sorted(known['client']))}; "
+            f"sync_client takes {', '.join(sorted(known['sync_client']))}."
+        )
+    return {key: value for key, value in given.items() if key in known[which]}
+
+
+def _names(*functions: Any) -> set[str]:
+    given = {"self", "app", "served", "portal", "options", "transport", "backend", "backend_options"}
+    return {name for each in functions for name in inspect.signature(each).parameters} - given
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dis
 import functools
 import inspect
@@ -22,6 +23,7 @@ from lifekit._annotations import (
     ITSELF,
     UNKNOWN,
     Unclear,
+    annotations_of,
     class_of,
     entered_as,
     is_parameter,
@@ -29,7 +31,9 @@ from lifekit._annotations import (
     return_of,
     value_type,
 )
+from lifekit._backend import running_loop
 from lifekit._errors import OverrideError
+from lifekit._factory import signature_of
 from lifekit._resource import Resource
 from lifekit._stack import caller
 
@@ -61,6 +65,7 @@ def mock(handle: Resource[Any]) -> Any:
 
     Where nothing is configured, a call gives a mock of its annotated type, None where that is
     None, and where none is known a mock that can be called, awaited and entered, to give itself.
+    What is awaited gives the event loop a turn, as a server would, so that time limits work.
 
     The return type is Any, since no type has both the value's methods and theirs' ``return_value``.
 
@@ -189,7 +194,7 @@ class Part(NonCallableMagicMock):
         if name == "()":
             return _result(about.gives.value, about.owner, about.kind, self, options)
         if name.startswith("__") and name.endswith("__"):
-            made = (AsyncMock if name in _ASYNC else MagicMock)(**options)
+            made = _MAGIC.get(name, MagicMock)(**options)
             if name in ENTERED.values():
                 told = entered_as(about.kind, name) if about.kind is not None else UNKNOWN
                 itself = told is about.kind or told is UNKNOWN
@@ -200,9 +205,22 @@ class Part(NonCallableMagicMock):
         return _attribute(self, about.kind, name, options)
 
 
+class Turn:
+    """The event loop's, as what waits for a server gives it one: polling would starve it else."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        loop = running_loop()
+        if isinstance(loop, asyncio.AbstractEventLoop):
+            yield  # what asyncio.sleep(0) does
+        elif loop is not None:
+            from trio.lowlevel import checkpoint
+
+            yield from checkpoint().__await__()  # noqa: ASYNC105
+
+
 def _itself(self: Any) -> Generator[Any, Any, Any]:
+    yield from Turn().__await__()
     return self
-    yield
 
 
 class Plain(Part, MagicMock):
@@ -213,6 +231,34 @@ class Plain(Part, MagicMock):
         return super().__call__(*args, **kwargs)
 
 
+class Entering(AsyncMock):
+    """Stands for a method that Python itself calls, and awaits."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return _awaiting(_Awaited(super().__call__(*args, **kwargs), None))
+
+
+class Iterating(MagicMock):
+    """Stands for ``__aiter__``."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return _one_by_one(super().__call__(*args, **kwargs))
+
+
+async def _one_by_one(items: Any) -> AsyncIterator[Any]:
+    if callable(getattr(items, "__aiter__", None)):
+        items = aiter(items)
+    elif not hasattr(items, "__anext__"):  # which is all that unittest.mock's own iterator has
+        items = iter(items)
+    while True:
+        await Turn()
+        try:
+            item = await anext(items) if hasattr(items, "__anext__") else next(items)
+        except (StopAsyncIteration, StopIteration):
+            return
+        yield item
+
+
 class Deferred(Part, AsyncMock):
     """Stands for a method whose value comes by await, ``async with`` or ``async for``."""
 
@@ -221,11 +267,16 @@ class Deferred(Part, AsyncMock):
         _check(about, args, kwargs)
         coming: Coroutine[Any, Any, Any] = super().__call__(*args, **kwargs)
         if not about.gives.uses:
-            return coming
+            return _awaiting(_Awaited(coming, about.owner))
         return _coming(about.gives.uses, about.gives.fluent)(coming, about.owner)
 
 
-_ASYNC = {"__aenter__", "__aexit__", "__anext__"}
+_MAGIC: dict[str, type[MagicMock | AsyncMock]] = {
+    "__aenter__": Entering,
+    "__aexit__": AsyncMock,
+    "__anext__": Entering,
+    "__aiter__": Iterating,
+}
 _CONSTANT = (str, bytes, int, float, Enum)
 
 
@@ -233,7 +284,7 @@ def _check(about: About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if about.called is None:
         return
     try:
-        signature = inspect.signature(about.called)
+        signature = signature_of(about.called)
     except ValueError:  # a builtin that does not say
         return
     try:
@@ -277,7 +328,7 @@ def _names(kind: type) -> list[str]:
     """Return the names of the attributes that an instance has, as far as its class tells."""
     names = set(dir(kind))
     for base in kind.__mro__:
-        names.update(inspect.get_annotations(base))
+        names.update(annotations_of(base))
         made: Any = inspect.unwrap(vars(base).get("__init__"))  # type: ignore[arg-type]
         if inspect.isfunction(made):
             lines = dis.get_instructions(made)
@@ -305,7 +356,7 @@ def _attribute(mocked: Any, kind: type, name: str, options: dict[str, Any]) -> A
 
 def _annotated(kind: type, name: str) -> object:
     for base in kind.__mro__:
-        if name in (told := inspect.get_annotations(base)):
+        if name in (told := annotations_of(base)):
             return resolve_if_possible(told[name], vars(sys.modules[base.__module__]), base)
     return UNKNOWN
 
@@ -330,20 +381,31 @@ class _Coming:
 class _Awaited(_Coming, Coroutine[Any, Any, Any]):
     def __await__(self) -> Generator[Any, Any, Any]:
         # A generator, so that what waits keeps this alive: __del__ would close what it waits for.
+        yield from Turn().__await__()
         return (yield from self._coming.__await__())
 
+    @functools.cached_property
+    def _steps(self) -> Generator[Any, Any, Any]:
+        return self.__await__()
+
     def send(self, value: Any, /) -> Any:
-        return self._coming.send(value)
+        return self._steps.send(value)
 
     def throw(self, *error: Any) -> Any:
-        return self._coming.throw(*error)
+        return self._steps.throw(*error)
 
     def close(self) -> None:
+        self._steps.close()
         self._coming.close()
+
+
+async def _awaiting(coming: _Awaited) -> Any:
+    return await coming  # as a coroutine it is missed, by a warning, where nobody awaits it
 
 
 class _Entered(_Coming):
     async def __aenter__(self) -> Any:
+        await Turn()
         return await self._coming
 
     async def __aexit__(self, *error: object) -> None: ...
@@ -361,13 +423,8 @@ class _EnteredSync(_Coming):
 
 class _Iterated(_Coming):
     async def __aiter__(self) -> AsyncIterator[Any]:
-        items: Any = await self._coming
-        if callable(getattr(items, "__aiter__", None)):
-            async for item in items:
-                yield item
-        else:
-            for item in items:
-                yield item
+        async for item in _one_by_one(await self._coming):
+            yield item
 
 
 class _Fluent(_Coming):

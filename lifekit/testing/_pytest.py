@@ -2,7 +2,8 @@
 
 A test's application runs in that test's own event loop. That loop is the async plugin's, so there are
 fixtures for each plugin and each scope that its loops may have, and `kind_for` picks. The application
-is open for as long as that loop: both have one scope.
+is open for as long as that loop and the fixture `lifekit_app` last: a fixture opens it, whose scope is
+the shorter of the two, and each `lifekit_app` of a project gets its own.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ import asyncio
 import importlib
 import inspect
 import sys
-import unittest
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+)
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -31,13 +40,13 @@ from lifekit._stack import Site
 from lifekit.asgi import ASGIApp
 
 from ._app import Running, running
-from ._client import client_of, sandbox_in, sync_client_of
+from ._client import OptionError, client_of, known_options, sandbox_in, sync_client_of
+from ._loops import IN_TWO_LOOPS, SCOPES, WAYS_OUT, as_written, fail, is_async, kind_for, requested
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
     from starlette.testclient import TestClient
 
-SCOPES = ("function", "class", "module", "package", "session")
 WORTH_SAYING = 0.1
 """Seconds for which the application has to have been opened more than once."""
 
@@ -50,10 +59,10 @@ def load(value: str, config: pytest.Config) -> ASGIApp:
         Failed: There is no such thing.
     """
     if not value:
-        line = _as_written(config, 'lifekit_app = "shop.main:app"')
-        _fail(
+        line = as_written(config, 'lifekit_app = "shop.main:app"')
+        fail(
             f"which application is to be tested? Write it into the ini file:\n    {line}\n"
-            "or let a session-scoped fixture of conftest.py that is called lifekit_app return it."
+            "or let a fixture of conftest.py that is called lifekit_app return it."
         )
     name, _, path = value.removesuffix("()").partition(":")
     root = str(config.rootpath)
@@ -66,16 +75,16 @@ def load(value: str, config: pytest.Config) -> ASGIApp:
             raise pytest.UsageError(_wrong(value, f"importing {name} raised {error!r}")) from error
         hint = 'Does it need a line like pythonpath = ["src"]?'
         why = f"there is no module {error.name}, neither in {root} nor elsewhere on sys.path. {hint}"
-        _fail(_wrong(value, why))
+        fail(_wrong(value, why))
     except Exception as error:
         raise pytest.UsageError(_wrong(value, f"importing {name} raised {error!r}")) from error
     for part in path.split("."):
         if not hasattr(found, part):
-            _fail(_wrong(value, f"{found!r} has no attribute {part!r}"))
+            fail(_wrong(value, f"{found!r} has no attribute {part!r}"))
         found = getattr(found, part)
     app: Any = found() if value.endswith("()") else found
     if not callable(app):
-        _fail(_wrong(value, f"an ASGI application is expected, not {app!r}"))
+        fail(_wrong(value, f"an ASGI application is expected, not {app!r}"))
     return cast(ASGIApp, app)
 
 
@@ -83,62 +92,35 @@ def _wrong(value: str, why: str) -> str:
     return f'lifekit_app = "{value}": {why}'
 
 
-def kind_for(item: Any) -> str:
-    """Return which kind of fixture runs the application in the event loop of a test."""
-    function: Any = getattr(item, "obj", None)
-    function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
-    if not inspect.iscoroutinefunction(function):
-        return "sync"
-    if isinstance(getattr(item, "cls", None), type) and issubclass(item.cls, unittest.TestCase):
-        _fail(
-            "unittest runs this test in an event loop of its own, which no fixture reaches. Write, in "
-            "asyncSetUp:\n    self.client = await self.enterAsyncContext("
-            "lifekit.testing.client(app, sandbox=True))"
-        )
-    marker = item.get_closest_marker("asyncio")
-    pytest_asyncio = sys.modules.get("pytest_asyncio.plugin")
-    if marker is not None and item.config.pluginmanager.is_registered(pytest_asyncio):
-        if "anyio_backend" in item.fixturenames:
-            _fail(
-                "both pytest-asyncio and AnyIO's plugin run this test, in different event loops. Leave "
-                "out one marker; with asyncio_mode = auto, which marks every test, set it to strict"
-            )
-        scope = marker.kwargs.get("loop_scope") or marker.kwargs.get("scope")
-        return f"pytest-asyncio_{scope or item.config.getini('asyncio_default_test_loop_scope')}"
-    if "anyio_backend" in item.fixturenames:
-        return f"anyio_{item._fixtureinfo.name2fixturedefs['anyio_backend'][-1].scope}"
-    return _fail(
-        "nothing runs this async test: it wants @pytest.mark.asyncio and pytest-asyncio (with "
-        "asyncio_mode = auto in the ini file instead), or @pytest.mark.anyio"
-    )
+def shorter(*scopes: str) -> Any:
+    """Return the narrowest of some scopes."""
+    return min(scopes, key=SCOPES.index)
 
 
-def _as_written(config: pytest.Config, lines: str) -> str:
-    """Return lines of TOML as the ini file of this run has them."""
-    toml = config.inipath is None or config.inipath.suffix == ".toml"
-    return lines if toml else lines.replace('"', "")
+def _lasting(scope: str) -> str:
+    """Return for how long an application with that scope may run: a package's outlasts the package."""
+    return "session" if scope == "package" else scope
 
 
-def _scope_of(kind: str) -> str:
-    """Return for how long the application runs: that of a package's loop outlasts the package."""
-    return {"sync": "session", "package": "session"}.get(scope := kind.rpartition("_")[2], scope)
-
-
-def _overrides_for(kind: str) -> tuple[Override, ...]:
+def _overrides_for(app: AppFixture) -> tuple[Override, ...]:
     """Return those that last as long as the application: one test's must not serve the others."""
-    scope = _scope_of(kind)
-    here = overrides.get() if scope == "function" else ()
-    enough = SCOPES[SCOPES.index(scope) :]
-    return tuple(
-        each
-        for each in [*entered]  # which other threads may change
-        if each in here or (each.fixture is not None and each.fixture.scope in enough)
-    )
+    here = overrides.get() if app.scope == "function" else ()
+    enough = SCOPES[SCOPES.index(_lasting(app.scope)) :]
+
+    def holds(override: Override) -> bool:
+        by = override.fixture
+        if by is None:
+            return override in here
+        if by.argname == "lifekit_app" and by not in app.definitions:
+            return False  # that of another application
+        return override in here or by.scope in enough
+
+    return tuple(each for each in [*entered] if holds(each))  # a copy: other threads may change it
 
 
-def _told(text: str, override: Override, kind: str) -> str:
+def _told(text: str, override: Override, app: AppFixture) -> str:
     name, declared = override.resource.name, override.resource.location
-    scopes = {"scope": _scope_of(kind), "fixture": getattr(override.fixture, "scope", "")}
+    scopes = {"scope": _lasting(app.scope), "fixture": getattr(override.fixture, "scope", "")}
     return f"{override.location}: {text.format(name=name, declared=declared, **scopes)}"
 
 
@@ -155,35 +137,40 @@ _OVER = (
 )
 
 
-def _fail(text: str) -> NoReturn:
-    raise pytest.fail.Exception(text, pytrace=False) from None
-
-
 class Place:
     """Where the application runs for one test."""
 
-    def __init__(self, served: Running, portal: BlockingPortal | None = None) -> None:
+    def __init__(
+        self, item: pytest.Item, served: Running, portal: BlockingPortal | None = None
+    ) -> None:
+        self._item = item
         self._served = served
         self._portal = portal
         self.clients = ExitStack()
         self.async_clients = AsyncExitStack()
 
-    def client(self) -> AsyncClient:
+    def client(self, options: dict[str, Any]) -> AsyncClient:
         """Return a client for the test's loop."""
-        if self._portal is not None:
-            _fail("client is for async tests, and this one is an ordinary function: use sync_client")
-        made = client_of(self._served)
+        asked = cast("Any", self._item)._fixtureinfo.argnames
+        if self._portal is not None or ("client" in asked and not is_async(self._item)):
+            fail("client is for async tests, and this one is an ordinary function: use sync_client")
+        with _readable():
+            made = client_of(self._served, **known_options(options, "client"))
         self.async_clients.push_async_callback(made.aclose)
         return made
 
-    def sync_client(self) -> TestClient:
+    def sync_client(self, options: dict[str, Any]) -> TestClient:
         """Return a client for the test's thread."""
+        if self._portal is None and not is_async(self._item):
+            fail(IN_TWO_LOOPS.format(fixture="of this test", loop="its own"))
         if self._portal is None:
-            _fail(
+            fail(
                 "sync_client would block the event loop that this async test runs in: use client, or "
                 "make the test an ordinary function"
             )
-        return self.clients.enter_context(sync_client_of(self._served, self._portal))
+        with _readable():
+            known = known_options(options, "sync_client")
+        return self.clients.enter_context(sync_client_of(self._served, self._portal, **known))
 
     def lifespan(self) -> Lifespan:
         """Return the lifespan of lifekit's that the application opened first."""
@@ -199,14 +186,14 @@ class Place:
         """Return the block of that lifespan."""
         block = self.lifespan().block
         if block is None:
-            _fail('this test is marked isolation="none", which leaves no sandbox to be had')
+            fail('this test is marked isolation="none", which leaves no sandbox to be had')
         return block
 
 
 @asynccontextmanager
 async def place(run: Run, item: pytest.Item, served: Running) -> AsyncGenerator[Place]:
     """Give a test its place, in its own event loop; how that ends is told by *run*."""
-    made, ending = Place(served), AsyncExitStack()
+    made, ending = Place(item, served), AsyncExitStack()
     if _isolated(item):
         await ending.enter_async_context(served.sandbox())
         _locate(item, served)
@@ -222,7 +209,7 @@ async def place(run: Run, item: pytest.Item, served: Running) -> AsyncGenerator[
 @contextmanager
 def sync_place(item: pytest.Item, served: Running, portal: BlockingPortal) -> Generator[Place]:
     """Give a test its place, in the event loop of *portal*."""
-    made = Place(served, portal)
+    made = Place(item, served, portal)
     with _readable(), sandbox_in(portal, served) if _isolated(item) else nullcontext(), made.clients:
         _locate(item, served)
         yield made
@@ -249,8 +236,8 @@ def _readable() -> Generator[None]:
     # Where a sandbox begins and ends, the stack shows pytest and lifekit, and nothing of the test.
     try:
         yield
-    except SandboxError as error:
-        _fail(f"{type(error).__name__}: {error}")
+    except (SandboxError, OptionError) as error:
+        fail(f"{type(error).__name__}: {error}")
 
 
 def _isolated(item: pytest.Item) -> bool:
@@ -269,38 +256,73 @@ class Account(TypedDict):
     left: list[str]
 
 
+@dataclass(eq=False)
+class AppFixture:
+    """A fixture that opens an application in one kind of event loop."""
+
+    name: str
+    kind: str
+    definitions: list[pytest.FixtureDef[Any]]
+    """Those of `lifekit_app` that it is made by: the nearest, and those that this one asks for."""
+
+    @property
+    def scope(self) -> Any:
+        """Return for how long it runs."""
+        return shorter(self.definitions[0].scope, self.loop_scope)
+
+    @property
+    def loop_scope(self) -> str:
+        """Return for how long its event loop runs."""
+        return "session" if self.kind == "sync" else self.kind.rpartition("_")[2]
+
+
 class Run:
     """One run of pytest, in one process."""
 
     def __init__(self) -> None:
         self._costs: dict[str, tuple[int, float]] = {}
-        self._failed: dict[object, Exception] = {}
+        self._apps: dict[object, AppFixture] = {}
+        self._failed: dict[object, tuple[ASGIApp, Exception]] = {}
         self._used: dict[Running, tuple[Override, ...]] = {}
         self._told: list[tuple[Exception, str]] = []
         self._left: list[Lifespan] = []
         self.escaped: Exception | None = None
         self.asked: Any = None
         """The test whose place is made next, and what its fixture for the application gave."""
-        self.placed: tuple[pytest.Item, Place] | None = None
+
+    def app_fixture(self, request: Any, kind: str) -> AppFixture:
+        """Return the fixture that opens this test's `lifekit_app` in that kind of loop."""
+        found = request._get_active_fixturedef("lifekit_app")
+        known = self._apps.get((found, kind))
+        if known is None:
+            number = len(self._apps)
+            known = AppFixture(f"_lifekit_app_{kind}_{number}", kind, _overridden_by(request, found))
+            self._apps[found, kind] = known
+            plugin = app_fixtures(self, known)
+            request.config.pluginmanager.register(plugin, f"lifekit-fixtures-{number}")
+        return known
 
     @asynccontextmanager
-    async def opened(self, app: ASGIApp, kind: str) -> AsyncGenerator[Running]:
+    async def opened(self, app: ASGIApp, fixture: AppFixture) -> AsyncGenerator[Running]:
         """Run the application in this event loop.
 
         One that did not start in a loop of this type is not tried again: it may have taken long.
         """
         loop = running_loop()
-        here, used = overrides.get(), _overrides_for(kind)
-        attempt = type(loop), used
-        if attempt in self._failed:
-            raise self._failed[attempt]
+        here, used = overrides.get(), _overrides_for(fixture)
+        attempt = fixture.definitions[0], type(loop), used
+        tried, failure = self._failed.get(attempt, (None, None))
+        if failure is not None and tried is app:
+            raise failure
+        # An application that its own fixture ends is opened as often in whatever loop.
+        kind = fixture.kind if fixture.scope != fixture.definitions[0].scope else ""
         service = running(app, sandboxed=True)
         overrides.set(used)
         try:
             with self._timed(kind, 1):
                 served = await service.__aenter__()
         except Exception as error:
-            self._failed[attempt] = error
+            self._failed[attempt] = app, error
             raise
         finally:
             overrides.set(here)
@@ -313,19 +335,21 @@ class Run:
         for registry in registries:
             self._left += registry.running.get(loop, ())
 
-    def check_overrides(self, kind: str, served: Running, fixtures: Collection[str]) -> None:
+    def check_overrides(
+        self, app: AppFixture, served: Running, fixtures: Collection[pytest.FixtureDef[Any]]
+    ) -> None:
         """Refuse an application without an override of these fixtures, or with one that is over."""
         used = self._used[served]
         live = {resource for lifespan in served.lifespans for resource in lifespan.live}
-        asked = [each for each in [*entered] if getattr(each.fixture, "argname", None) in fixtures]
+        asked = [each for each in [*entered] if each.fixture in fixtures]
         late = [each for each in asked if each.resource in live and each not in used]
         for override in late:
             override.used = True  # so that its end does not say it again
         for override in used:
             if override.resource in live and override not in entered:
-                _fail(_told(_OVER, override, kind))
+                fail(_told(_OVER, override, app))
         for override in late:
-            _fail(_told(_NOT_YET, override, kind))
+            fail(_told(_NOT_YET, override, app))
 
     @contextmanager
     def told_once(self, test: str) -> Generator[None]:
@@ -337,11 +361,11 @@ class Run:
             if first is None:
                 self._told.append((error, test))
                 raise
-            _fail(f"{type(error).__name__}: {error}\n{first} shows where. It was not tried again.")
+            fail(f"{type(error).__name__}: {error}\n{first} shows where. It was not tried again.")
 
     def leave(self) -> None:
         """Raise what the end of the last test's block raised."""
-        self.asked = self.placed = None
+        self.asked = None
         escaped, self.escaped = self.escaped, None
         if escaped is not None:
             with _readable():
@@ -366,32 +390,20 @@ class Run:
         return {"costs": self._costs, "left": left}
 
 
-_WAYS_OUT = {
-    "pytest-asyncio": """\
-in pytest's ini file (and no other loop_scope in markers):
-    asyncio_default_test_loop_scope = "session"
-    asyncio_default_fixture_loop_scope = "session\"""",
-    "anyio": """\
-in conftest.py:
-    @pytest.fixture(scope="session")
-    def anyio_backend(): ...""",
-}
-
-
 def summary(accounts: Iterable[Account], config: pytest.Config) -> Iterator[str]:
     """Yield the lines in which a run ends."""
     told = list(accounts)
-    for plugin, way_out in _WAYS_OUT.items():
+    for plugin, way_out in WAYS_OUT.items():
         costs = [
             cost
             for account in told
             for kind, cost in account["costs"].items()
-            if kind.startswith(plugin) and not kind.endswith("session") and cost[0] > 1
+            if kind.startswith(plugin) and cost[0] > 1
         ]
         times, seconds = sum(count for count, _ in costs), sum(each for _, each in costs)
         if seconds >= WORTH_SAYING:
             if plugin == "pytest-asyncio":
-                way_out = _as_written(config, way_out)
+                way_out = as_written(config, way_out)
             yield (
                 f"The application was opened {times} times, once for each event loop of {plugin}'s, "
                 f"which took {seconds:.2f} s.\nWith one loop it opens once; {way_out}"
@@ -405,48 +417,75 @@ def summary(accounts: Iterable[Account], config: pytest.Config) -> Iterator[str]
 
 def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
     """Return the place that the fixtures of the right kind make for a test."""
-    if run.placed is not None and run.placed[0] is request.node:
-        return run.placed[1]
     if asyncio._get_running_loop() is not None:
-        _fail("this fixture can't be made while a test runs: ask for it in the test's parameters")
+        fail("this fixture can't be made while a test runs: ask for it in the test's parameters")
     with _readable():
         kind = kind_for(request.node)
+        fixture = run.app_fixture(request, kind)
         with run.told_once(request.node.nodeid):
-            run.asked = request.node, request.getfixturevalue(f"_lifekit_app_{kind}")
+            run.asked = request.node, request.getfixturevalue(fixture.name)
         app: Any = run.asked[1]
-        run.check_overrides(kind, app[0] if kind == "sync" else app, request.fixturenames)
+        asked = [*requested(request.node, *request.fixturenames), *fixture.definitions]
+        run.check_overrides(fixture, app[0] if kind == "sync" else app, asked)
         request.node.addfinalizer(run.leave)  # after the place's own, which is added next
         made: Place = request.getfixturevalue(f"_lifekit_place_{kind}")
-    run.placed = request.node, made
     return made
+
+
+def _overridden_by(request: Any, definition: pytest.FixtureDef[Any]) -> list[pytest.FixtureDef[Any]]:
+    """Return a fixture, and those of the same name that it asks for, so that it overrides them."""
+    known: Any = request._arg2fixturedefs.get(definition.argname, [definition])
+    made = [definition]
+    for outer in reversed(known[: known.index(definition)]):
+        if definition.argname not in made[-1].argnames:
+            break
+        made.append(outer)
+    return made
+
+
+def _plugin() -> tuple[ModuleType, Callable[..., None]]:
+    made = ModuleType("lifekit_fixtures")
+
+    def add(name: str, function: Any, scope: Any, make: Any = pytest.fixture) -> None:
+        setattr(made, name, make(scope=scope, name=name)(function))
+
+    return made, add
 
 
 def fixtures(run: Run) -> ModuleType:
-    """Return the fixtures of all kinds, as a plugin."""
-    made = ModuleType("lifekit_fixtures")
-
-    def add(name: str, function: Any, scope: Any, make: Any = pytest.fixture, **options: Any) -> None:
-        setattr(made, name, make(scope=scope, name=name, **options)(function))
-
-    add("_lifekit_app_sync", _sync_app(run), "session")
+    """Return the fixtures that make a test's place, for all kinds of loops, as a plugin."""
+    made, add = _plugin()
     add("_lifekit_place_sync", _sync_place(run), "function")
-    pytest_asyncio: Any = sys.modules.get("pytest_asyncio")
     for scope in SCOPES:
-        kind = f"anyio_{scope}"
-        add(f"_lifekit_app_{kind}", _anyio_app(run, kind), scope)
-        add(f"_lifekit_place_{kind}", _anyio_place(run), "function")
-        if pytest_asyncio is not None:
-            make, kind = partial(pytest_asyncio.fixture, loop_scope=scope), f"pytest-asyncio_{scope}"
-            add(f"_lifekit_app_{kind}", _asyncio_app(run, kind), scope, make)
-            add(f"_lifekit_place_{kind}", _asyncio_place(run), "function", make)
+        add(f"_lifekit_place_anyio_{scope}", _anyio_place(run), "function")
+        if (make := _asyncio_fixture(scope)) is not None:
+            add(f"_lifekit_place_pytest-asyncio_{scope}", _asyncio_place(run), "function", make)
     return made
 
 
-def _sync_app(run: Run) -> Any:
+def _asyncio_fixture(scope: str) -> Any:
+    pytest_asyncio: Any = sys.modules.get("pytest_asyncio")
+    return None if pytest_asyncio is None else partial(pytest_asyncio.fixture, loop_scope=scope)
+
+
+def app_fixtures(run: Run, fixture: AppFixture) -> ModuleType:
+    """Return the fixture that opens an application, as a plugin."""
+    made, add = _plugin()
+    if fixture.kind == "sync":
+        add(fixture.name, _sync_app(run, fixture), fixture.scope)
+    elif fixture.kind.startswith("anyio"):
+        add(fixture.name, _anyio_app(run, fixture), fixture.scope)
+    else:
+        make = _asyncio_fixture(fixture.loop_scope)
+        add(fixture.name, _asyncio_app(run, fixture), fixture.scope, make)
+    return made
+
+
+def _sync_app(run: Run, fixture: AppFixture) -> Any:
     def app(lifekit_app: ASGIApp) -> Iterator[tuple[Running, BlockingPortal]]:
         with (
             start_blocking_portal() as portal,
-            portal.wrap_async_context_manager(run.opened(lifekit_app, "sync")) as served,
+            portal.wrap_async_context_manager(run.opened(lifekit_app, fixture)) as served,
         ):
             yield served, portal
 
@@ -462,17 +501,17 @@ def _sync_place(run: Run) -> Any:
     return function
 
 
-def _anyio_app(run: Run, kind: str) -> Any:
+def _anyio_app(run: Run, fixture: AppFixture) -> Any:
     async def app(lifekit_app: ASGIApp, anyio_backend: object) -> AsyncIterator[Running]:
-        async with run.opened(lifekit_app, kind) as served:
+        async with run.opened(lifekit_app, fixture) as served:
             yield served
 
     return app
 
 
-def _asyncio_app(run: Run, kind: str) -> Any:
+def _asyncio_app(run: Run, fixture: AppFixture) -> Any:
     async def app(lifekit_app: ASGIApp) -> AsyncIterator[Running]:
-        async with run.opened(lifekit_app, kind) as served:
+        async with run.opened(lifekit_app, fixture) as served:
             yield served
 
     return app

@@ -14,6 +14,7 @@ from lifekit.events import Event, OpenFailed
 
 NOTES = Path(os.environ["NOTES"])
 POLL_SECONDS = 0.01
+TURN_SECONDS = 0.03
 
 
 def note(line: str) -> None:
@@ -30,7 +31,9 @@ def note_event(event: Event) -> None:
     note(" ".join(filter(None, words)))
 
 
-async def told(answer: str = "go") -> None:
-    """Wait for the file that is named like the *answer*."""
-    while not NOTES.with_name(answer).exists():  # noqa: ASYNC110
-        await anyio.sleep(POLL_SECONDS)
+async def told(answer: str = "go", *, saying: str | None = None) -> None:
+    """Wait for the file that is named like the *answer*, and write a line now and then."""
+    while not NOTES.with_name(answer).exists():
+        if saying is not None:
+            note(saying)
+        await anyio.sleep(POLL_SECONDS if saying is None else TURN_SECONDS)

@@ -43,7 +43,7 @@ async def hold(request: Request) -> PlainTextResponse:
 
 def application() -> tuple[Starlette, Registry, Resource[Store]]:
     """An application whose registry has one resource as yet, ``store``."""
-    registry = Registry(start_timeout=0.5, close_timeout=0.5, on_event=note_event)
+    registry = Registry(on_event=note_event)
     store = registry.resource(name="store")(Store)
     app = Starlette(routes=[Route("/hold", hold)], lifespan=registry.lifespan)
     return app, registry, store
@@ -71,7 +71,7 @@ async def failing_queue(store: Store) -> Store:
 stuck_opening, stuck_opening_registry, stuck_opening_store = application()
 
 
-@stuck_opening_registry.resource(stuck_opening_store, name="queue")
+@stuck_opening_registry.resource(stuck_opening_store, name="queue", start_timeout=0.5)
 async def stuck_opening_queue(store: Store) -> Store:
     """Is never open."""
     await anyio.sleep_forever()
@@ -81,7 +81,7 @@ async def stuck_opening_queue(store: Store) -> Store:
 stuck_closing, stuck_closing_registry, stuck_closing_store = application()
 
 
-@stuck_closing_registry.resource(stuck_closing_store, name="queue")
+@stuck_closing_registry.resource(stuck_closing_store, name="queue", close_timeout=0.5)
 async def stuck_closing_queue(store: Store) -> AsyncIterator[Store]:
     """Is never closed."""
     yield store

@@ -151,7 +151,7 @@ async def opened():
 """
 PLUGIN = """
 import shortener.main, lifekit.testing._pytest, httpx2  # as the others, before the first test
-import lifekit.sandbox.aiopg, lifekit.sandbox.asyncpg, lifekit.sandbox.redis
+import lifekit.sandbox._by_gateway, lifekit.sandbox.redis
 """
 FUNCTION_SCOPED = """
 @pytest_asyncio.fixture

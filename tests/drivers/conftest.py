@@ -31,7 +31,7 @@ def below() -> str:
 
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until something outside of it is so."""
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         while not condition():
             await anyio.lowlevel.checkpoint()
 

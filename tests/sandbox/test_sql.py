@@ -229,7 +229,7 @@ SCRIPTS = st.lists(STATEMENTS, min_size=1, max_size=4).map("; ".join)
     max_examples=400,
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(script=SCRIPTS)
 @example(script="select E'\\'; commit; --'; commit")

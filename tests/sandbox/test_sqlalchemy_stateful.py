@@ -23,19 +23,16 @@ from .differential import (
     NEVER_COMMITS,
     POOL,
     READS,
-    REFUSED,
     SESSION,
     WRITES,
     Application,
     Client,
-    Limit,
     Op,
     Seen,
     Worlds,
     calm,
     sequences_of,
     sql,
-    text_of,
 )
 
 
@@ -239,9 +236,7 @@ class SqlalchemyApplication(Application):
         return await self._on(who, act)
 
     async def cancelled(self, who: int) -> Any:
-        task = asyncio.create_task(self.execute(who, "SELECT pg_sleep(10)"))
-        for _ in range(20):
-            await asyncio.sleep(0.001)
+        task = await self.asleep(self.execute(who, "SELECT pg_sleep(60)"))
         task.cancel()
         try:
             return await task
@@ -383,27 +378,12 @@ SESSION_STATE = re.compile(
     "SHOW|current_setting|EXECUTE|FETCH|PREPARE|DEALLOCATE|currval|lastval|_lock|_unlock|own|CLOSE"
     "|TEMP TABLE|set_config|DISCARD"
 )
-LIMITS = [
-    DEFERRABLE,
-    LEVEL_SHOWN,
-    NEVER_COMMITS,
-    REFUSED,
-    Limit(
-        "connections in use at once share one session: settings, PREPARE, held cursors, temporary "
-        "tables, advisory locks, currval()",
-        lambda op, here, there, before: (
-            any(
-                SESSION_STATE.search(text_of(each)) or "SET " in text_of(each) for each in [*before, op]
-            )
-            and len({each.who for each in [*before, op]}) > 1
-        ),
-    ),
-]
+LIMITS = [DEFERRABLE, LEVEL_SHOWN, NEVER_COMMITS]
 
 CLIENT = Client(connect, close, SqlalchemyApplication, LIMITS)
 
 
-@settings(calm, max_examples=30, derandomize=True)
+@settings(calm, max_examples=20, derandomize=True)
 @given(sequences)
 def test_an_application_sees_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """Rows, states, errors and their texts; afterwards the database is as before."""
@@ -439,7 +419,7 @@ def test_what_matters_most(worlds: Worlds, name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @settings(calm, max_examples=120, derandomize=True)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:

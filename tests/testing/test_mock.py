@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from unittest.mock import AsyncMock, create_autospec
 
 import aiopg
+import anyio
 import asyncpg
 import httpx
 import psycopg
@@ -122,7 +123,7 @@ class Service:
 
 async def test_a_redis_command_is_awaited_where_an_autospec_of_the_class_is_not_awaitable() -> None:
     plain = create_autospec(redis.Redis, instance=True)
-    with pytest.raises(TypeError, match="MagicMock can't be used in 'await' expression"):
+    with pytest.raises(TypeError, match=r"MagicMock('? object)? can't be (used in 'await'|awaited)"):
         await plain.get("k")
 
     fake = mock_of(redis.Redis)
@@ -540,3 +541,98 @@ def test_where_there_is_no_one_class_it_says_which_line_to_mend(
 def test_what_is_no_handle_is_refused() -> None:
     with pytest.raises(OverrideError, match="a type can't be mocked; name the resource by its handle"):
         mock(Row)  # type: ignore[arg-type]
+
+
+class Feed:
+    def __aiter__(self) -> AsyncIterator[int]:
+        raise NotImplementedError
+
+
+async def waits(fake: Any) -> None:
+    await fake.get("k")
+
+
+async def waits_for_what_can_be_entered(fake: Any) -> None:
+    await mock_of(asyncpg.Pool).acquire()
+
+
+async def runs_as_a_coroutine(fake: Any) -> None:
+    await _as_coroutine(mock_of(asyncpg.Pool).acquire())
+
+
+async def _as_coroutine(coming: Any) -> Any:
+    class Steps:
+        def __await__(self) -> Generator[Any, Any, Any]:
+            value: Any = None
+            while True:
+                try:
+                    value = yield coming.send(value)
+                except StopIteration as done:
+                    return done.value
+
+    return await Steps()
+
+
+async def enters(fake: Any) -> None:
+    async with mock_of(asyncpg.Pool).acquire():
+        pass
+
+
+async def enters_a_value(fake: Any) -> None:
+    async with mock_of(Lock):
+        pass
+
+
+async def iterates_over_nothing(fake: Any) -> None:
+    async for _ in fake.scan_iter():
+        pass
+
+
+async def iterates_over_a_value(fake: Any) -> None:
+    async for _ in mock_of(Feed):
+        pass
+
+
+async def waits_for_something_unknown(fake: Any) -> None:
+    await fake.connection_pool.whatever()
+
+
+@pytest.mark.parametrize(
+    "poll",
+    [
+        waits,
+        waits_for_what_can_be_entered,
+        runs_as_a_coroutine,
+        enters,
+        enters_a_value,
+        iterates_over_nothing,
+        iterates_over_a_value,
+        waits_for_something_unknown,
+    ],
+)
+async def test_what_is_awaited_gives_others_a_turn(poll: Callable[[Any], Awaitable[None]]) -> None:
+    turns = 0
+
+    async def neighbour() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    fake = mock_of(redis.Redis)
+    async with anyio.create_task_group() as group:
+        group.start_soon(neighbour)
+        for _ in range(10):
+            await poll(fake)
+        assert turns >= 5
+        group.cancel_scope.cancel()
+
+
+async def test_a_call_that_is_cancelled_in_its_turn_was_not_made() -> None:
+    fake = mock_of(redis.Redis)
+    fake.get.side_effect = AssertionError("made")
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await fake.get("k")
+    assert scope.cancelled_caught
+    assert fake.get.await_count == 0

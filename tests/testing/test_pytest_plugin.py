@@ -263,7 +263,7 @@ def test_an_ini_line_that_can_not_be_read_ends_the_run(inner: Inner, value: str,
         ("nowhere.main:app", '*lifekit_app = "nowhere.main:app": there is no module nowhere, *'),
         ("own.nowhere:app", '*lifekit_app = "own.nowhere:app": there is no module own.nowhere, *'),
         ("broken:app", '*lifekit_app = "broken:app": importing broken raised ZeroDivisionError*'),
-        ("needy:app", "*importing needy raised ModuleNotFoundError(\"No module named 'nowhere'\")"),
+        ("needy:app", "*importing needy raised ModuleNotFoundError(\"No module named 'nowhere'\"*"),
         ("own:missing", "*lifekit_app = \"own:missing\": <module 'own' *> has no attribute 'missing'"),
         ("own:number", '*lifekit_app = "own:number": an ASGI application is expected, not 5'),
         ("own:inside.app", None),
@@ -460,7 +460,7 @@ def test_a_run_says_what_many_loops_cost_and_what_avoids_it(inner: Inner) -> Non
     told = hint.search(text)
     assert told is not None
     assert told.groups()[:2] == ("4", "pytest-asyncio")
-    assert 0.12 <= float(told[3]) < 2
+    assert 0.12 <= float(told[3]) < 60
     settings = dict(re.findall(r'^ +(asyncio_\w+) = "(\w+)"$', text, re.MULTILINE))
     assert len(settings) == 2
     inner.ini("slow:app", **settings)
@@ -669,7 +669,8 @@ def test_an_override_of_another_thread_is_its_own(inner: Inner) -> None:
         from tests.testing.plugin_cases.memory import notes
 
         def test_sync(sync_client, lifespan):
-            assert [lifespan[notes] is each.value for each in entered] == [False]
+            assert entered
+            assert not any(lifespan[notes] is each.value for each in entered)
         """
     inner.run(conftest=conftest, test_it=code).assert_outcomes(passed=1)
 
@@ -681,6 +682,9 @@ def test_the_innermost_override_wins_whoever_made_it(inner: Inner) -> None:
     def pytest_configure(config):
         config.outer = registry.override(notes, Notes())
         config.outer.__enter__()
+
+    def pytest_unconfigure(config):
+        config.outer.__exit__(None, None, None)
     """
     )
     code = SEEN.replace("def test_sync(sync_client, lifespan): assert lifespan[notes] is fake", "")

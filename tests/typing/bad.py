@@ -37,6 +37,19 @@ def client() -> redis.Redis:
     return redis.Redis()
 
 
+# -- what can't tell which failures pass -----------------------------------------------------------
+
+
+@registry.resource(retry=3, transient="KeyError")  # error
+def transient_by_name() -> int:
+    return 1
+
+
+@registry.resource(retry=3, transient=(KeyError, 5))  # error
+def transient_by_number() -> int:
+    return 1
+
+
 # -- a parameter of the wrong type, for every form of a factory ------------------------------------
 
 

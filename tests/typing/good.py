@@ -6,7 +6,11 @@ Only type checkers read this file; nothing runs it.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import (
+    _AsyncGeneratorContextManager,  # pyright: ignore[reportPrivateUsage]
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Self, assert_type
@@ -108,8 +112,20 @@ def by_entering() -> Lease:
 
 
 @registry.resource
-async def by_entering_later() -> Lease:
+async def open_already() -> Lease:
     return Lease()
+
+
+@asynccontextmanager
+async def managed() -> AsyncGenerator[int]:
+    yield 1
+
+
+async def managed_later() -> _AsyncGeneratorContextManager[int]:
+    return managed()
+
+
+by_context_manager_later = registry.resource(managed_later)
 
 
 by_class = registry.resource(Settings)
@@ -126,7 +142,8 @@ assert_type(by_full_async_generator, Resource[int])
 assert_type(by_context_manager, Resource[int])
 assert_type(by_async_context_manager, Resource[int])
 assert_type(by_entering, Resource[bytes])
-assert_type(by_entering_later, Resource[bytes])
+assert_type(open_already, Resource[Lease])
+assert_type(by_context_manager_later, Resource[int])
 assert_type(by_class, Resource[Settings])
 assert_type(by_class_that_is_entered, Resource[Session])
 assert_type(by_partial, Resource[int])
@@ -211,6 +228,25 @@ def function_of(settings: Settings) -> int:
 
 @registry.resource(by_class, start_timeout=1.5, close_timeout=None, retry=3)
 async def async_function_of(settings: Settings) -> int:
+    return len(settings.redis_url)
+
+
+def is_late(error: KeyError) -> bool:
+    return error.args == ("late",)
+
+
+@registry.resource(by_class, retry=3, transient=KeyError)
+def by_a_type(settings: Settings) -> int:
+    return len(settings.redis_url)
+
+
+@registry.resource(by_class, retry=3, transient=(KeyError, OSError))
+def by_several_types(settings: Settings) -> int:
+    return len(settings.redis_url)
+
+
+@registry.resource(by_class, retry=3, transient=is_late)
+def by_a_function(settings: Settings) -> int:
     return len(settings.redis_url)
 
 
@@ -369,6 +405,13 @@ async def worker() -> None:
         assert_type(by_entering.get(), bytes)
         async with lifespan[asyncpg_pool].acquire() as connection:
             await connection.execute("SELECT 1")
+        async with lifespan.override(asyncpg_pool, asyncpg_pool_awaited) as patched:
+            assert_type(patched, Lifespan)
+    with (
+        registry.override(redis_client, redis.Redis()),
+        registry.override(aiopg_pool, aiopg_pool_yielded),
+    ):
+        pass
 
 
 app = FastAPI(lifespan=registry.lifespan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import aiopg
@@ -16,6 +17,7 @@ import asyncpg
 
 from lifekit import drivers
 from lifekit.drivers import Sandbox
+from lifekit.sandbox._by_gateway import PostgresSandbox
 
 _PATIENCE = 2.0  # seconds: a task of a test that failed may hold a connection for ever
 
@@ -27,18 +29,41 @@ _SCHEMA = """SELECT concat_ws(' ', (SELECT count(*) FROM pg_class WHERE relpersi
 (SELECT count(*) FROM pg_type WHERE typnamespace::regnamespace::text !~ '^pg_(toast_)?temp'))"""
 
 
+class _Both(Sandbox):
+    """The sandbox of a lifespan that has one pool."""
+
+    def __init__(self, pool: Any) -> None:
+        driver: Any = drivers.find(pool)
+        self.postgres = PostgresSandbox()
+        self.pool: Any = driver.redirect(pool, self.postgres)
+        self.reconnect = partial(driver.reconnect, pool)
+
+    async def begin(self) -> None:
+        await self.postgres.begin()
+        await self.pool.begin()
+
+    async def end(self) -> None:
+        try:
+            await self.pool.end()
+        finally:
+            await self.postgres.end()
+
+    def terminate(self) -> None:
+        self.postgres.finish()
+
+
 class _Open(NamedTuple):
     pool: Any
-    sandbox: Sandbox
+    sandbox: _Both
     held: dict[str, str] | None
 
 
 _open: dict[int, _Open] = {}
-_outliving: list[list[Sandbox]] = []
+_outliving: list[list[_Both]] = []
 
 
 @contextmanager
-def outliving() -> Generator[list[Sandbox]]:
+def outliving() -> Generator[list[_Both]]:
     """Yield the list that takes the sandboxes of the pools which open in the block, not begun."""
     _outliving.append([])
     try:
@@ -57,19 +82,21 @@ async def held(pool: Any) -> dict[str, str]:
 
 
 async def _ask(pool: Any, sql: str) -> list[str]:
-    async with pool.acquire() as connection:
-        if isinstance(pool, asyncpg.Pool):
+    # By a connection of its own: the pool may be closed.
+    if hasattr(pool, "_connect_args"):  # asyncpg's
+        connection = await asyncpg.connect(*pool._connect_args, **pool._connect_kwargs)
+        try:
             return [row[0] for row in await connection.fetch(sql)]
-        async with connection.cursor() as cursor:
-            await cursor.execute(sql)
-            return [row[0] for row in await cursor.fetchall()]
+        finally:
+            await connection.close()
+    async with aiopg.connect(**pool._given) as other, other.cursor() as cursor:
+        await cursor.execute(sql)
+        return [row[0] for row in await cursor.fetchall()]
 
 
-async def _opened(pool: Any) -> None:
-    driver = drivers.find(pool)
-    assert driver is not None
-    sandbox = driver.sandbox(pool)
-    assert sandbox is not None
+async def _opened(pool: Any, sandbox: _Both) -> None:
+    driver: Any = drivers.find(pool)
+    driver.watch(pool)
     if _outliving:
         _outliving[-1].append(sandbox)
         _open[id(pool)] = _Open(pool, sandbox, None)
@@ -79,23 +106,17 @@ async def _opened(pool: Any) -> None:
 
 
 async def _closing(pool: Any, close: Callable[[], Awaitable[object]]) -> None:
-    """Close a pool in its block, as the library does, and then the real one."""
-    if id(pool) not in _open:
-        await close()
-        return
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_PATIENCE):
-            await close()
+    """Close a pool in its block, as the library does, and undo what was done."""
     left = _open.pop(id(pool), None)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_PATIENCE if left is not None else None):
+            await close()
     if left is not None:
         try:
             await left.sandbox.end()
             assert left.held in (None, await held(pool)), "what the test did lasts"
         finally:
-            await left.sandbox.close()
-            if not isinstance(pool, asyncpg.Pool):
-                pool.close()
-            await close()
+            left.sandbox.terminate()
 
 
 def _watch_asyncpg(kind: Any) -> None:
@@ -103,9 +124,10 @@ def _watch_asyncpg(kind: Any) -> None:
 
     async def opening(pool: Any) -> Any:
         new = not (pool._initialized or pool._initializing)
+        sandbox = _Both(pool) if new else None
         await open_(pool)
-        if new:
-            await _opened(pool)
+        if sandbox is not None:
+            await _opened(pool, sandbox)
         return pool
 
     async def closing(pool: Any) -> None:
@@ -125,7 +147,9 @@ def _watch_aiopg(kind: Any) -> None:
 
     async def opening(cls: Any, *args: Any, **options: Any) -> Any:
         pool = await open_(cls, *args, **options)
-        await _opened(pool)
+        sandbox = _Both(pool)
+        await sandbox.reconnect()
+        await _opened(pool, sandbox)
         return pool
 
     async def closing(pool: Any) -> None:

@@ -28,7 +28,7 @@ async def with_aiopg() -> None:
     if "aiopg" not in pools:
         pools["aiopg"] = await aiopg.create_pool(os.environ["DATABASE_URL"], minsize=1)
     async with pools["aiopg"].acquire() as connection, connection.cursor() as cursor:
-        await cursor.execute("SELECT pg_sleep(0.1)")
+        await cursor.execute("SELECT pg_sleep(0.5)")
 
 
 @app.get("/asyncpg")

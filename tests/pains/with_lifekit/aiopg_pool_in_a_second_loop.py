@@ -17,7 +17,7 @@ async def db() -> aiopg.Pool:
 
 async def query() -> None:
     async with db.get().acquire() as connection, connection.cursor() as cursor:
-        await cursor.execute("SELECT pg_sleep(0.1)")
+        await cursor.execute("SELECT pg_sleep(0.5)")
         print(await cursor.fetchone())
 
 

@@ -8,7 +8,7 @@ import aiopg
 
 async def query(pool: aiopg.Pool) -> None:
     async with pool.acquire() as connection, connection.cursor() as cursor:
-        await cursor.execute("SELECT pg_sleep(0.1)")
+        await cursor.execute("SELECT pg_sleep(0.5)")
         print(await cursor.fetchone())
 
 

@@ -5,6 +5,7 @@ import os
 
 import asyncpg
 
+asyncio.set_event_loop(asyncio.new_event_loop())  # as Python does by itself before 3.14
 pool = asyncpg.create_pool(os.environ["DATABASE_URL"])
 
 

@@ -1,0 +1,220 @@
+"""The sandbox of all that speaks to PostgreSQL in one lifespan: a gateway, and who connects by it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import ref
+
+from anyio.lowlevel import checkpoint
+
+from lifekit._errors import SandboxEscapedError, SandboxUnsupportedError
+from lifekit.drivers import Sandbox, Tls
+
+from ._postgres.gateway import PORT, Gateway, Server
+from ._postgres.joined import JoinedLoop
+from ._postgres.place import Place
+from ._waits import waits_for
+
+if TYPE_CHECKING:
+    from lifekit.drivers._checkouts import Checkout, Pooled
+
+T = TypeVar("T")
+
+
+class PostgresSandbox(Sandbox):
+    """What a lifespan's clients of PostgreSQL share in test mode."""
+
+    def __init__(self) -> None:
+        self._gateway: Gateway | None = None
+        self._is_open = False
+        self._pools: list[PoolSandbox[Any]] = []
+
+    # -- what drivers point their values at ------------------------------------------------------------
+
+    @property
+    def gateway(self) -> Gateway:
+        """The gateway, which exists as soon as somebody wants it."""
+        if self._gateway is None:
+            self._gateway = Gateway(Place())
+            self._gateway.explains = self._explain
+            if self._is_open:
+                self._gateway.hub.begin()
+        return self._gateway
+
+    def socket(self, host: str, port: int, *, tls: Tls | None = None) -> tuple[str, int]:
+        """Return the folder and the port of a unix socket that leads to a server."""
+        if "," in host:
+            raise SandboxUnsupportedError(
+                f"several servers for one client, as in {host!r}: the sandbox knows one. Name one in "
+                "the test's settings."
+            )
+        self.serves_threads()
+        return self.gateway.folder(Server(host, port, tls)), PORT
+
+    def serves_threads(self) -> None:
+        """Run in a thread from now on: who blocks this one, as libpq's cancel does, can be served."""
+        if not self.gateway.place.has_thread:
+            self.gateway.place.move_into_thread()
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Return the running event loop, whose connections are made by way of the gateway."""
+        joined: Any = JoinedLoop(asyncio.get_running_loop(), self.gateway)
+        return joined  # type: ignore[no-any-return]
+
+    def pool(self, driver: Pooled[T], value: T) -> PoolSandbox[T]:
+        """Return the sandbox of a value that hands out connections."""
+        made = PoolSandbox(self, driver, value)
+        self._pools.append(made)
+        return made
+
+    def drop(self, pool: PoolSandbox[Any]) -> None:
+        """Forget a value that closes."""
+        pool.driver.restore(pool.value)
+        self._pools = [each for each in self._pools if each is not pool]
+
+    # -- who has what ----------------------------------------------------------------------------------
+
+    def _checkout(self, number: int) -> tuple[Checkout, str] | None:
+        for pool in self._pools:
+            for connection in pool.driver.out(pool.value):
+                if pool.driver.number(connection) == number:
+                    checkout = pool.driver.checkouts.of(connection)
+                    return (checkout, pool.driver.checkouts.package) if checkout is not None else None
+        return None
+
+    def _explain(self, waiting: int, holding: int) -> tuple[str, bool]:
+        """Return who has a connection for which another one waits, and whether that can't end."""
+        holder = self._checkout(holding)
+        if holder is None:
+            return "", False
+        waiter = self._checkout(waiting)
+        where = holder[0].in_full(holder[1])
+        if waiter is None:
+            return f"It was acquired at {where}.", False
+        who = f"The waiting one was acquired at {waiter[0]}. The other one was acquired at {where}."
+        return who, waits_for(holder[0].task, waiter[0].task)
+
+    def knows(self, number: int | None) -> bool:
+        """Return whether the connection of that number goes by way of the gateway."""
+        return number is None or (self._gateway is not None and number in self._gateway.hub.clients)
+
+    async def cut(self, number: int | None) -> None:
+        """Cut off the connection of that number."""
+        if self._gateway is not None and number is not None:
+            await self._gateway.cut(number)
+
+    # -- blocks ----------------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Let nothing last from now on."""
+        self._is_open = True
+        if self._gateway is not None and await self._gateway.begin():
+            await checkpoint()  # then clients have heard of it
+
+    async def end(self) -> None:
+        """Undo what was done.
+
+        Raises:
+            SandboxEscapedError: Something ended the real transaction.
+        """
+        self._is_open = False
+        if self._gateway is None:
+            return
+        wrong = await self._gateway.end()
+        if self._gateway.hub.schema_changed:
+            for pool in self._pools:
+                await pool.driver.forget_schema(pool.value)
+        if wrong:
+            raise SandboxEscapedError("\n".join(wrong))
+
+    def finish(self) -> None:
+        """Close all that there is, with the lifespan."""
+        if self._gateway is not None:
+            self._gateway.close()
+
+
+class PoolSandbox(Sandbox, Generic[T]):
+    """What sees to it that a test gives back what it took from one value."""
+
+    def __init__(self, postgres: PostgresSandbox, driver: Pooled[T], value: T) -> None:
+        self.driver, self.value = driver, value
+        self._postgres = postgres
+        self._before: list[Any] = []
+
+    async def begin(self) -> None:
+        """Note what is out already: it is in the block with what it does next.
+
+        Raises:
+            SandboxEscapedError: It is not, for the factory had taken it before lifekit had the value.
+        """
+        self._before = [ref(each) for each in self.driver.out(self.value)]
+        for each in self.driver.out(self.value):
+            if not self._postgres.knows(self.driver.number(each)):
+                checkout = self.driver.checkouts.of(each)
+                raise SandboxEscapedError(
+                    f"a connection acquired at {checkout or 'an unknown line'} was made before lifekit "
+                    "had its pool, so that what it does would be permanent. Let the factory return the "
+                    "pool before anything is acquired, or acquire it in a resource that needs the pool."
+                )
+
+    async def end(self) -> None:
+        """Take back what the test, or what it started, did not give back.
+
+        Raises:
+            SandboxEscapedError: There is something.
+        """
+        if strays := list(self._strays()):
+            await _lets_go(lambda: not list(self._strays()))
+            strays = list(self._strays())
+        if not strays:
+            return
+        told = self._escaped(strays)
+        for each in strays:
+            await self._postgres.cut(self.driver.number(each))
+            taken = self.driver.take_back(self.value, each)
+            if taken is not None:
+                await taken
+        raise told
+
+    def _strays(self) -> Iterator[Any]:
+        before = {id(each) for known in self._before if (each := known()) is not None}
+        for each in self.driver.out(self.value):
+            if id(each) in before:
+                continue
+            checkout = self.driver.checkouts.of(each)
+            # What was begun outside, the application's own loop, is waited for where it works.
+            if checkout is None or checkout.block is not None:
+                yield each
+
+    def _escaped(self, strays: Iterable[Any]) -> SandboxEscapedError:
+        driver = self.driver
+        lines: list[str] = []
+        for each in strays:
+            checkout = driver.checkouts.of(each)
+            who = checkout.in_full(driver.checkouts.package) if checkout else "an unknown line"
+            amid = " in a transaction" if driver.is_in_transaction(each) else ""
+            lines.append(f"  a connection{amid} acquired at {who}")
+        return SandboxEscapedError(
+            "when the sandbox ended, this had not been given back:\n"
+            + "\n".join(lines)
+            + "\nIts code outlived the test. Let the test wait for it, or the application where it "
+            f"starts it; and give it back whatever happens: {driver.use}. It was closed."
+        )
+
+    async def close(self) -> None:
+        """Forget the value."""
+        self._postgres.drop(self)
+
+    def terminate(self) -> None:
+        """Forget it."""
+        self._postgres.drop(self)
+
+
+async def _lets_go(is_free: Callable[[], bool]) -> None:
+    """Let tasks that are about to end do so, for a hundred rounds of the event loop."""
+    for _ in range(100):
+        if is_free():
+            return
+        await checkpoint()

@@ -1,0 +1,1 @@
+"""PostgreSQL's sandbox at the wire: a gateway that speaks the protocol to whatever client connects."""

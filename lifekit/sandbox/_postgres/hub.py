@@ -1,0 +1,308 @@
+"""All connections of a gateway: who stands where, as blocks begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from secrets import compare_digest, token_bytes
+from typing import Protocol
+
+from . import messages, session
+from .conversation import Conversation
+from .messages import CancelRequest, Startup
+from .real import Belongs, RealConnection, Relay
+from .session import Session, Timer
+from .virtual import Socket, VirtualConnection
+
+GOES_AHEAD = 0.05
+"""Seconds in which the server surely does what goes ahead of a statement: it sets a savepoint."""
+_LEFT_OPEN = (
+    "when the sandbox ended, a connection was in the midst of a transaction or a statement, and it did "
+    "not end within the time that it was given. It was closed."
+)
+UNSUPPORTED = "0A000"
+UNREACHABLE = "08006"
+TOO_LATE = "57P01"
+
+
+class Outside(Protocol):
+    """What does the input and output for a hub."""
+
+    def encrypt(self, client: VirtualConnection) -> None:
+        """Answer a client that asks for encryption."""
+
+    def connect(self, client: VirtualConnection, first: Startup) -> None:
+        """Reach the server for a client, and call `VirtualConnection.connected`."""
+
+    def gone(self, client: VirtualConnection) -> None:
+        """Forget a client."""
+
+    def later(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """Call something after some seconds."""
+        ...
+
+    def explain(self, waiting: int, holding: int) -> tuple[str, bool]:
+        """Return who has a client for which another one waits, and whether that wait can't end."""
+        ...
+
+
+class Hub:
+    """The clients, and the sessions that they share: one for each server, database and user."""
+
+    def __init__(self, outside: Outside) -> None:
+        self._outside = outside
+        self.clients: dict[int, VirtualConnection] = {}
+        self.is_open = False
+        """Whether there is a block."""
+        self.unsent: list[VirtualConnection] = []
+        """The clients that are to be sent something."""
+        self._sessions: dict[Belongs, Session] = {}
+        self._lenders: dict[Session, Relay] = {}
+        self._orphans: set[Relay] = set()  # whose clients have gone while they were lent
+        self._numbers = 0
+        self._ended: Callable[[list[str]], None] | None = None
+        self._undoing: set[Session] = set()
+        self._wrong: list[str] = []  # of those that are undone
+        self.has_listeners = False
+        """Whether a client has said LISTEN outside of blocks."""
+        self.schema_changed = False
+        """Whether the last block changed a schema: clients may know what is not true any more."""
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> Timer:
+        def ring() -> None:
+            call()
+            self.flush()
+
+        return self._outside.later(seconds, ring)
+
+    def flush(self) -> None:
+        """Send what was answered. To be called at the end of each event that comes from outside."""
+        while self.unsent:
+            clients, self.unsent = self.unsent, []
+            for client in clients:
+                client.flush()
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether a block is being undone."""
+        return self._ended is not None
+
+    # -- clients -----------------------------------------------------------------------------------
+
+    def new_client(self, socket: Socket) -> VirtualConnection:
+        """Take a client that has just reached the gateway."""
+        self._numbers += 1
+        client = VirtualConnection(self, socket, self._numbers, token_bytes(4))
+        self.clients[client.number] = client
+        return client
+
+    def explain(self, waiting: VirtualConnection, holding: VirtualConnection) -> tuple[str, bool]:
+        """Return who has a client for which another one waits, and whether that wait can't end."""
+        return self._outside.explain(waiting.number, holding.number)
+
+    def encrypt(self, client: VirtualConnection) -> None:
+        """Answer a client that asks for encryption."""
+        self._outside.encrypt(client)
+
+    def connect(self, client: VirtualConnection, first: Startup) -> None:
+        """Reach the server for a client that has said who it is."""
+        if b"replication" in first.options:
+            text = "lifekit's gateway does not carry replication"
+            client.send(messages.error(UNSUPPORTED, text, severity="FATAL"))
+            client.close()
+            return
+        self._outside.connect(client, first)
+
+    def unreachable(self, client: VirtualConnection, why: str) -> None:
+        """Tell a client that the server can't be reached."""
+        client.send(messages.error(UNREACHABLE, why, severity="FATAL"))
+        client.close()
+        self.flush()
+
+    def lost(self, client: VirtualConnection, relay: Relay) -> None:
+        """Take note that the server ended a connection."""
+        relay.is_lost = True
+        for each, lender in list(self._lenders.items()):
+            if lender is relay:
+                self._drop(each)
+                for other in list(self.clients.values()):
+                    if other.conversation is not None and other.conversation.session is each:
+                        other.close()
+                self._undone(each, None)  # the server has
+        client.close()
+        self._go_on_ending()
+
+    def gone(self, client: VirtualConnection) -> None:
+        """Take note that a client has closed its connection."""
+        self.clients.pop(client.number, None)
+        self._outside.gone(client)
+        if client.relay is not None:
+            if client.relay.lent is not None:
+                self._orphans.add(client.relay)
+            else:
+                self._close(client.relay)
+
+    def _close(self, relay: Relay) -> None:
+        for each, lender in list(self._lenders.items()):
+            if lender is relay:
+                self._drop(each)
+        relay.send(messages.TERMINATE)
+        relay.close()
+
+    def _drop(self, dropped: Session) -> None:
+        self._lenders.pop(dropped, None)
+        self._sessions = {key: each for key, each in self._sessions.items() if each is not dropped}
+
+    # -- cancelling ----------------------------------------------------------------------------------
+
+    def cancel(self, request: CancelRequest) -> None:
+        """End what a client does, where the request knows its secret."""
+        client = self.clients.get(request.number)
+        if client is None or not compare_digest(client.secret, request.secret):
+            return
+        if client.conversation is not None:
+            client.conversation.cancel()
+        elif client.relay is not None:
+            client.relay.cancel(lambda: None)
+
+    def cancel_active(self, conversation: Conversation, *, is_late: bool = False) -> None:
+        """End what the server does for a client in a block; nothing else is sent until it knows."""
+        shared, active = conversation.session, conversation.carrier.active
+        if shared not in self._lenders or active is None:
+            return
+        if not shared.is_at(active) and not is_late:
+            # It is cancelled when the server has done what goes ahead, which it does not tell at once.
+            def again() -> None:
+                if conversation.carrier.active is active:
+                    self.cancel_active(conversation, is_late=True)
+
+            self._later(GOES_AHEAD, again)
+            return
+
+        def arrived() -> None:
+            shared.cancel_ended()
+            self._go_on_ending()
+            self.flush()
+
+        shared.cancel_begins()
+        self._lenders[shared].cancel(arrived)
+
+    # -- blocks --------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin a block: clients that are idle are in it with the next thing that they say."""
+        assert not self.is_open
+        self.is_open = True
+        for each in list(self._sessions.values()):
+            if self._lenders[each].is_idle:
+                self._lend(each)
+            else:  # its client is in the midst of something, which stays outside
+                self._drop(each)
+
+    def _lend(self, shared: Session) -> None:
+        self._lenders[shared].lent = shared.real
+        shared.begin()
+
+    def wakes(self, client: VirtualConnection) -> None:
+        """Move a client that says something into the block, unless it is in the midst of something."""
+        if not self.is_open or not client.is_idle:
+            return
+        assert client.relay is not None
+        key = client.relay.belongs
+        if key not in self._sessions:
+            shared = Session(RealConnection(client.relay.send), self._later)
+            self._sessions[key] = shared
+            self._lenders[shared] = client.relay
+            self._lend(shared)
+        shared = self._sessions[key]
+        if client.knows_settings(self._lenders[shared]):
+            client.enter(shared)
+
+    def end(self, ended: Callable[[list[str]], None]) -> None:
+        """End the block: undo everything, then call *ended* with what went wrong.
+
+        What is under way is waited for, though not forever: it belongs to the block.
+        """
+        self.is_open = False
+        self.schema_changed = any(each.schema_changed for each in self._sessions.values())
+        self._ended = ended
+        self._overdue = self._later(session.PATIENCE, self._end_the_rest)
+        self._go_on_ending()
+        self.flush()
+
+    def rests_in_block(self) -> None:
+        """Take note that a client has come to the end of what it was at."""
+        if self._ended is not None:
+            self._later(0, self._go_on_ending)
+
+    def _go_on_ending(self) -> None:
+        if self._ended is None or self._undoing:
+            return
+        for client in list(self.clients.values()):
+            conversation = client.conversation
+            if conversation is not None and conversation.rests and not conversation.transaction.is_open:
+                client.leave()
+        clients = self.clients.values()
+        busy = any(client.conversation is not None or client.is_asking for client in clients)
+        if not busy and not any(each.is_busy for each in self._sessions.values()):
+            self._undo()
+
+    def _end_the_rest(self) -> None:
+        for client in list(self.clients.values()):
+            if client.conversation is not None:
+                who, _ = self._outside.explain(0, client.number)
+                self._wrong.append(f"{_LEFT_OPEN} {who}".strip())
+                self.cut_off(client)
+                client.leave()
+        for each in list(self._sessions.values()):
+            if each.is_busy and each.is_open:
+                # What does not end is not trusted any more.
+                self._cut(each)
+        self._undo()
+
+    def cut_off(self, client: VirtualConnection) -> None:
+        """End a client's connection, and tell it why."""
+        text = "lifekit's sandbox ended while this was under way"
+        client.send(messages.error(TOO_LATE, text, severity="FATAL"))
+        client.close()
+
+    def _undo(self) -> None:
+        self._overdue.cancel()
+        self._undoing = {each for each in self._sessions.values() if each.is_open}
+        if not self._undoing:
+            self._finish()
+        for each in list(self._undoing):
+            each.end(partial(self._undone, each))
+
+    def _undone(self, each: Session, problem: str | None) -> None:
+        if each not in self._undoing:
+            return
+        self._give_back(each, broken=problem is not None)
+        if problem is not None:
+            self._wrong.append(problem)
+        self._undoing.remove(each)
+        if not self._undoing:
+            self._finish()
+
+    def _finish(self) -> None:
+        ended, self._ended = self._ended, None
+        wrong, self._wrong = self._wrong, []
+        assert ended is not None
+        ended(wrong)
+
+    def _cut(self, each: Session) -> None:
+        relay = self._lenders[each]
+        self._drop(each)
+        relay.close()
+
+    def _give_back(self, each: Session, *, broken: bool) -> None:
+        relay = self._lenders.get(each)
+        if relay is None:
+            return
+        relay.lent = None
+        if broken or relay in self._orphans:
+            self._orphans.discard(relay)
+            self._close(relay)
+        for client in list(self.clients.values()):
+            if client.relay is relay:
+                client.released()

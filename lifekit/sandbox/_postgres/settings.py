@@ -1,0 +1,106 @@
+"""What a text sets, and for how long: what one client sets is not another's, and ends in its time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lifekit.sandbox._sql import FOR_THE_SESSION, WORDS, read
+
+_SETS = re.compile(
+    r"""\bset\s+(?:(?P<local>local)\s+|session\s+(?!auth))?
+    (?:(?P<word>role|session\s+authorization|time\s+zone|schema|names)\b
+    |"?(?P<set>[\w.]+)"?\s*(?:=|\bto\b))
+    |\breset\s+(?P<reset>role|session\s+authorization|time\s+zone|"?[\w.]+"?)
+    |\bset_config\s*\(\s*(?:e?'(?P<called>[\w.]+)'(?P<rest>.*)|(?P<unknown>.))""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+
+
+_FIXED = re.compile(r"\bstandard_conforming_strings\b", re.IGNORECASE)
+_CHARACTERISTICS = re.compile(r"\bset\s+session\s+characteristics\b", re.IGNORECASE)
+_DEFAULTS = ("default_transaction_read_only", "default_transaction_isolation")
+_LIMITS = {
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    "idle_session_timeout",
+    "transaction_timeout",
+}
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The names of what a text sets."""
+
+    local: frozenset[str] = frozenset()
+    """For the rest of the transaction."""
+    session: frozenset[str] = frozenset()
+    resets_all: bool = False
+    is_unknown: bool = False
+    """It calls set_config() with a name that is not in the text."""
+    is_fixed: bool = False
+    """It sets what can't be set in a block."""
+
+    @property
+    def is_limit(self) -> bool:
+        """Whether it sets what may end the real transaction."""
+        return self.resets_all or bool(_LIMITS & (self.local | self.session))
+
+    def __bool__(self) -> bool:
+        return bool(self.local or self.session or self.resets_all or self.is_unknown or self.is_fixed)
+
+
+NOTHING = Sets()
+
+
+def sets(text: str) -> Sets:
+    """Return what a text sets."""
+    script = read(text)
+    return _sets(text) if script.local or script.session else NOTHING
+
+
+@lru_cache(maxsize=1024)
+def _sets(text: str) -> Sets:
+    local: set[str] = set()
+    session: set[str] = set()
+    resets_all = is_unknown = False
+    for match in _SETS.finditer(text):
+        if match["unknown"]:
+            is_unknown = True
+            continue
+        word = " ".join((match["word"] or match["reset"] or "").lower().strip('"').split())
+        if match["reset"] and word == "all":
+            resets_all = True
+            continue
+        name = WORDS.get(word, word) or (match["set"] or match["called"]).lower()
+        called_for_all = match["called"] and FOR_THE_SESSION.search(match["rest"])
+        if match["local"] or (match["called"] and not called_for_all):
+            local.add(name)
+        else:
+            session.add(name)
+    if _CHARACTERISTICS.search(text):
+        session.update(_DEFAULTS)
+    is_fixed = _FIXED.search(text) is not None
+    return Sets(frozenset(local), frozenset(session), resets_all, is_unknown, is_fixed)
+
+
+def asking(names: Iterable[str]) -> str:
+    """Return the query for the values of some settings, one column each."""
+    return "SELECT " + ", ".join(f"pg_catalog.current_setting({literal(name)}, true)" for name in names)
+
+
+def setting(values: Mapping[str, str | None]) -> str:
+    """Return the query that gives some settings their values, for the session."""
+    calls = [
+        f"pg_catalog.set_config({literal(name)}, {literal(value or '')}, false)"
+        for name, value in values.items()
+    ]
+    return "SELECT " + ", ".join(calls)
+
+
+def literal(value: str) -> str:
+    """Return a text as SQL has it."""
+    quoted = value.replace("'", "''")
+    return f"'{quoted}'" if "\\" not in value else "E'" + quoted.replace("\\", "\\\\") + "'"

@@ -1,0 +1,1 @@
+"""The gateway: its bytes, its clients, and an application that goes through it."""
