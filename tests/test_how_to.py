@@ -405,6 +405,7 @@ def test_a_stop_takes_as_long_as_its_limits_together(environment: dict[str, str]
     shown = re.findall(r"^report \(.*\n.*\n.*", _page("kubernetes-deadlines"), re.MULTILINE)
     assert len(shown) == 1
     plain = re.sub(r"^[ |]+", "", output, flags=re.MULTILINE).replace("how_to/", "")
+    plain = re.sub(r"longer than 0\.9\d* s", "longer than 1 s", plain)  # of a busy machine
     assert re.sub(r"\n +", "\n", shown[0]) in plain
 
 
