@@ -14,7 +14,8 @@ from typing import NamedTuple
 from . import contests, page, per_test, results
 from .access import acquire, get, request
 from .footprint import imports, memory
-from .isolation import redis_isolation, sandbox, suites
+from .gateway import gateway
+from .isolation import redis_isolation, suites
 from .measure import Row, table
 from .start_stop import critical_path, growth, many
 
@@ -34,7 +35,7 @@ BENCHMARKS = {
     "growth": Benchmark(growth, partial(growth, rounds=1, small=2, big=4)),
     "get": Benchmark(get, partial(get, rounds=1, times=10)),
     "acquire": Benchmark(acquire, partial(acquire, rounds=1, times=1)),
-    "sandbox": Benchmark(sandbox, partial(sandbox, rounds=1, times=1)),
+    "sandbox": Benchmark(gateway, partial(gateway, rounds=1, times=1)),
     "redis": Benchmark(redis_isolation, partial(redis_isolation, rounds=1, times=1)),
     "suites": Benchmark(suites, partial(suites, rounds=1, tests=2)),
     "import": Benchmark(imports, partial(imports, rounds=1)),

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-import asyncpg
 import redis.asyncio as redis
 from anyio.from_thread import start_blocking_portal
 
@@ -23,8 +22,6 @@ from lifekit.testing import sandboxing
 from .measure import Row, interleave, on, paired_ratio
 
 ROOT = Path(__file__).parents[2]
-QUERY = "SELECT body FROM notes WHERE id = $1"
-
 
 async def seconds(times: int, act: Callable[[], Awaitable[object]]) -> float:
     """Return the seconds of one *act* of so many."""
@@ -32,64 +29,6 @@ async def seconds(times: int, act: Callable[[], Awaitable[object]]) -> float:
     for _ in range(times):
         await act()
     return (perf_counter() - began) / times
-
-
-def sandbox(*, rounds: int = 100, times: int = 20) -> list[Row]:
-    """Compare a block around one query, and a statement inside, with the bare driver."""
-
-    async def measured() -> list[Row]:
-        registry = Registry("notes")
-        async with embedded.postgres() as server:
-
-            @registry.resource
-            def db() -> asyncpg.Pool[Any]:
-                return asyncpg.create_pool(server.url, min_size=1)
-
-            with sandboxing():
-                async with registry.lifespan() as lifespan, asyncpg.create_pool(server.url) as bare:
-                    pool = lifespan[db]
-                    await pool.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
-                    # Held open on both sides: what acquiring costs is the pool's own.
-                    async with bare.acquire() as floor, pool.acquire() as ours:
-
-                        async def by_hand() -> None:
-                            await floor.execute("BEGIN")
-                            await floor.fetchval(QUERY, 1)
-                            await floor.execute("ROLLBACK")
-
-                        async def in_a_block() -> None:
-                            async with lifespan.sandbox():
-                                await ours.fetchval(QUERY, 1)
-
-                        tests = await interleave(
-                            rounds,
-                            partial(seconds, times, by_hand),
-                            partial(seconds, times, in_a_block),
-                        )
-                        async with lifespan.sandbox(), floor.transaction(), ours.transaction():
-                            statements = await interleave(
-                                rounds,
-                                partial(seconds, 5 * times, partial(floor.fetchval, QUERY, 1)),
-                                partial(seconds, 5 * times, partial(ours.fetchval, QUERY, 1)),
-                            )
-        rows = [
-            ("query", "a sandboxed test of one query: BEGIN, query, ROLLBACK", tests, 1.3),
-            ("statement", "a statement in the sandbox: on the bare driver", statements, 1.15),
-        ]
-        return [
-            Row(
-                f"{what} (asyncpg)",
-                min(floor),
-                min(ours),
-                paired_ratio(floor, ours),
-                "us",
-                most=most,
-                key=f"sandbox/{key}",
-            )
-            for key, what, (floor, ours), most in rows
-        ]
-
-    return on("asyncio", measured)
 
 
 def redis_isolation(*, rounds: int = 100, times: int = 20) -> list[Row]:

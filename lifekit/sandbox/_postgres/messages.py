@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from struct import pack, unpack_from
+from struct import Struct, pack, unpack_from
 from typing import Final
 
 
@@ -78,6 +78,7 @@ HEADER: Final = 5
 """Bytes before the body: the kind, and the length of all but the kind."""
 LONGEST: Final = 0x3FFF_FFFF
 """Bytes of the longest message that PostgreSQL itself takes."""
+_header = Struct(">BI").unpack_from
 
 
 # -- messages from bytes --------------------------------------------------------------------------
@@ -86,9 +87,9 @@ LONGEST: Final = 0x3FFF_FFFF
 class Frames:
     """Cuts the bytes of one direction of one connection into messages."""
 
-    def __init__(self, kinds: frozenset[int]) -> None:
-        """*kinds* are those that may come."""
-        self._kinds = kinds
+    def __init__(self, kinds: frozenset[int], unlisted: frozenset[int] = frozenset()) -> None:
+        """*kinds* are those that may come; *unlisted* are those of which there may be thousands."""
+        self._kinds, self._unlisted = kinds, unlisted
         self._rest = bytearray()
         self._wanted = HEADER  # bytes of the rest that make it worth a look
 
@@ -107,6 +108,8 @@ class Frames:
     def feed(self, data: bytes) -> tuple[bytes, list[tuple[int, int, int]]]:
         """Return the bytes that are whole messages, and for each its kind, beginning and end in them.
 
+        What is unlisted is among the bytes only.
+
         Raises:
             ProtocolError: The kind is unknown, or the length can't be.
         """
@@ -117,21 +120,26 @@ class Frames:
             data = bytes(self._rest)
             self._rest.clear()
         found: list[tuple[int, int, int]] = []
-        at, size, kinds = 0, len(data), self._kinds
+        at, size, kinds, unlisted = 0, len(data), self._kinds, self._unlisted
+        last = size - HEADER
         self._wanted = HEADER
-        while size - at >= HEADER:
-            kind = data[at]
-            length = int.from_bytes(data[at + 1 : at + HEADER], "big")
+        while at <= last:
+            kind, length = _header(data, at)
+            end = at + 1 + length
+            if end <= size and length >= 4:
+                if kind in unlisted:
+                    at = end
+                    continue
+                if kind in kinds:
+                    found.append((kind, at, end))
+                    at = end
+                    continue
             if kind not in kinds:
                 raise ProtocolError(f"a message of the unknown kind {bytes([kind])!r}")
             if not 4 <= length <= LONGEST:
                 raise ProtocolError(f"a message {bytes([kind])!r} that claims {length} bytes")
-            end = at + 1 + length
-            if end > size:
-                self._wanted = end - at
-                break
-            found.append((kind, at, end))
-            at = end
+            self._wanted = end - at
+            break
         if at < size:
             self._rest += data[at:]
             data = data[:at]

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from .messages import SYNC, Backend, Frames, Startup, startup, without_channel_binding
+from .messages import HEADER, SYNC, Backend, Frames, Startup, startup, without_channel_binding
 from .messages import message as encode
 
 
@@ -86,6 +86,11 @@ class Exchange:
         self.guard_failed = False  # the error is one of those first parts
         self.rows: list[list[str | None]] = []  # where there is no client
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its client gets it as it comes."""
+        return not (self.client is None or self.again or self.holds)
+
 
 class RealConnection:
     """One that several clients share."""
@@ -94,7 +99,7 @@ class RealConnection:
         """*send* sends to the server."""
         self.send = send
         self.exchanges: deque[Exchange] = deque()
-        self._frames = Frames(Backend.ALL)
+        self._frames = Frames(Backend.ALL, _MANY)
 
     def begin(self, exchange: Exchange, data: bytes) -> None:
         """Send what begins an exchange."""
@@ -114,8 +119,15 @@ class RealConnection:
                 begin = end
                 continue
             exchange = self.exchanges[0]
-            passes = self._passes(exchange, kind, data, at, end)
-            if not passes:
+            if exchange.drop:
+                begin = at
+                if kind not in _ENDS:
+                    exchange.drop -= kind in Backend.COMPLETE
+                    begin = end
+                    continue
+            elif kind in _PLAIN and exchange.is_plain:
+                continue
+            if not self._passes(exchange, kind, data, at, end):
                 self._pass(exchange, data, begin, at)
                 begin = end
                 if exchange.instead and exchange.client is not None:
@@ -129,14 +141,14 @@ class RealConnection:
                 self._pass(exchange, data, begin, end)
                 begin = end
                 exchange.client.copy_begins(exchange)
-        if self.exchanges:
+        if self.exchanges and not self.exchanges[0].drop:
             self._pass(self.exchanges[0], data, begin, len(data))
 
     def _passes(self, exchange: Exchange, kind: int, data: bytes, at: int, end: int) -> bool:
         if kind == Backend.READY:
             return False
         if kind in Backend.UNASKED:
-            return not exchange.drop
+            return True
         if kind == Backend.ERROR:
             exchange.error = data[at + 5 : end]
             exchange.guard_failed = exchange.drop > 0
@@ -149,9 +161,6 @@ class RealConnection:
                 exchange.instead = encode(kind, exchange.error)
                 return False
             return not exchange.guard_failed
-        if exchange.drop:
-            exchange.drop -= kind in Backend.COMPLETE
-            return False
         if exchange.again:
             exchange.again -= kind in Backend.COMPLETE
             return False
@@ -161,10 +170,7 @@ class RealConnection:
                 exchange.described = data[at:end]
             elif exchange.describes:
                 exchange.client.described(exchange.describes.popleft(), data[at:end])
-        if exchange.client is None:
-            if kind == Backend.DATA_ROW:
-                exchange.rows.append(_columns(data[at + 5 : end]))
-        elif exchange.holds:
+        if exchange.client is not None and exchange.holds:
             if exchange.held:
                 exchange.client.send(exchange.held)
                 exchange.held = b""
@@ -174,8 +180,21 @@ class RealConnection:
         return True
 
     def _pass(self, exchange: Exchange, data: bytes, begin: int, end: int) -> None:
-        if begin < end and exchange.client is not None:
+        if begin >= end:
+            return
+        if exchange.client is None:
+            exchange.rows += _rows(data, begin, end)
+        else:
             exchange.client.send(data[begin:end])
+
+
+def _rows(data: bytes, begin: int, end: int) -> list[list[str | None]]:
+    _, found = Frames(Backend.ALL).feed(data[begin:end])
+    return [
+        _columns(data[begin + at + HEADER : begin + ends])
+        for kind, at, ends in found
+        if kind == Backend.DATA_ROW
+    ]
 
 
 def _columns(body: bytes) -> list[str | None]:
@@ -193,6 +212,10 @@ def _columns(body: bytes) -> list[str | None]:
 _NO_SETTINGS = frozenset((b"user", b"database", b"replication"))
 _OPTION = re.compile(r"(?:-c\s*|--)([\w.]+)=")
 _DESCRIPTIONS = frozenset((Backend.ROW_DESCRIPTION, Backend.NO_DATA))
+_ENDS = frozenset((Backend.ERROR, Backend.READY))
+_MANY = frozenset((Backend.DATA_ROW, Backend.COPY_DATA))
+_PLAIN = frozenset((Backend.BIND_COMPLETE, Backend.COMMAND_COMPLETE, Backend.CLOSE_COMPLETE))
+"""What a client gets as it is, and nothing else comes of."""
 _OWN_NAME = re.compile(rb"lifekit_\d+_")
 """What the session's names of statements begin with that SQL prepares."""
 
@@ -236,7 +259,7 @@ class Relay:
         self.describes: deque[bytes | None] = deque()
         """The names of statements whose rows the server is asked to describe; None of a portal."""
         self._client = client
-        self._frames = Frames(Backend.ALL)
+        self._frames = Frames(Backend.ALL, _MANY)
         self._got: Callable[[list[str | None]], None] | None = None  # of the last of those
         self._row: list[str | None] = []
         self._hidden = 0  # answers that the client does not get, and that come first
@@ -308,9 +331,8 @@ class Relay:
         for kind, begin, end in found:
             if kind in _DESCRIPTIONS and self.describes and not self._hidden:
                 self._client.described(self.describes.popleft(), data[begin:end])
-            elif kind == Backend.DATA_ROW and self._hidden and self._got is not None:
-                self._row = _columns(data[begin + 5 : end])
             elif kind == Backend.READY:
+                self._note_row(data, shown, begin)
                 self.describes.clear()
                 self.awaited = max(self.awaited - 1, 0)
                 self.status = chr(data[end - 1])
@@ -320,8 +342,14 @@ class Relay:
                     if not self._hidden and self._got is not None:
                         got, self._got = self._got, None
                         got(self._row)
-        if not self._hidden and shown < len(data):
+        if self._hidden:
+            self._note_row(data, shown, len(data))
+        elif shown < len(data):
             self._client.send(data[shown:])
+
+    def _note_row(self, data: bytes, begin: int, end: int) -> None:
+        if self._hidden and self._got is not None and (rows := _rows(data, begin, end)):
+            self._row = rows[-1]
 
     def _login(
         self, data: bytes, found: Sequence[tuple[int, int, int]]
