@@ -8,7 +8,8 @@ wait.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from lifekit.sandbox._sql import Verb, read
@@ -195,6 +196,45 @@ class Carrier:
         self._check(exchange)
         yield from self._limit_again()
         return exchange.held
+
+    def goes_at_once(self, *, only_reads: bool) -> bool:
+        """Return whether the session is free, and nothing has to be asked before, or at the commit."""
+        session, transaction = self.session, self.transaction
+        if session.escape is not None or self.executed or not session.is_free_for(self.conversation):
+            return False
+        if not self.has_savepoint and (self._settings or transaction.failed):
+            return False
+        if only_reads:
+            return not self._has_cursors
+        if session.deferrable is None:
+            return False
+        return transaction.is_open or not (session.deferrable[0] or self._has_cursors)
+
+    def hurry(
+        self, data: bytes, ended: Callable[[], None], *, only_reads: bool, simple: bool
+    ) -> None:
+        """Send one statement to which nothing else has to be done; *ended* is called at its end."""
+        self.session.acquire(self.conversation)
+        guard, answers = self._guard()
+        if simple:
+            self.session.unnamed = None  # a Query ends it
+        transaction = self.transaction
+        if transaction.is_open:
+            transaction.used = True
+            transaction.wrote |= not only_reads
+
+        def at_its_end(exchange: Exchange) -> None:
+            self.active = None
+            if exchange.error is not None or exchange.status == "I":
+                with suppress(ServerFailed):
+                    self._check(exchange)
+            elif not transaction.is_open:
+                self.session.savepoint = Savepoint.CLEAN if only_reads else Savepoint.DONE
+            ended()
+
+        self.active = self.session.send(
+            self.conversation, at_its_end, guard + data, answers, simple=simple
+        )
 
     def _limit_again(self) -> Steps:
         if self._lifts_limits:

@@ -85,6 +85,7 @@ class Conversation:
         self._forgotten: dict[bytes, Parse] = {}  # by a DEALLOCATE ALL, which the block undoes
         self._is_between = True  # the client may stop here
         self._runs = self._called = False
+        self._hurries = False  # something of it goes the short way
         self._steps = self._converse()
         next(self._steps)
 
@@ -166,7 +167,7 @@ class Conversation:
         self._inbox.append((kind, whole[5:]))
 
     def _message(self) -> Generator[None, None, tuple[int, bytes]]:
-        while not self._inbox:
+        while not self._inbox or self._hurries:
             yield
         return self._inbox.popleft()
 
@@ -194,6 +195,30 @@ class Conversation:
         elif self.session.has_waiting(self):
             self.session.leave(self)
             self.carrier.refusal = Failure(CANCELED, "canceling statement due to user request")
+            self.resume()
+
+    # -- the short way -----------------------------------------------------------------------------
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing has been said of which more is to come."""
+        return self._is_between and not (self._inbox or self._hurries or self._copies)
+
+    def hurries(self, bound: bytes | None, *, is_whole: bool) -> None:
+        """Take note that something is sent at once: what is bound to the unnamed portal, or a Query."""
+        self._is_between, self._hurries = False, True
+        if bound is not None and self.transaction.is_open:
+            self._portals[b""], self._bound[b""] = b"", bound.decode("utf-8", "surrogateescape")
+            self.transaction.has_portals |= not is_whole
+
+    def has_hurried(self) -> None:
+        """Go on: it has been answered."""
+        self._hurries = False
+        if self.client.closed:
+            self._abandon()
+            return
+        self._end()
+        if self._inbox:
             self.resume()
 
     # -- what it says ------------------------------------------------------------------------------

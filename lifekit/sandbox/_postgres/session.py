@@ -179,6 +179,12 @@ class Session:
                 client.refuse_at_once(self.holder)
         return False
 
+    def is_free_for(self, client: Conversation) -> bool:
+        """Return whether *client* would have the turn at once, and takes it from nobody."""
+        if self._cancelling:
+            return False
+        return self.holder is client or (self.holder is None and not self._queue)
+
     def has_waiting(self, client: Conversation) -> bool:
         """Return whether a client waits for its turn."""
         return client in self._timers

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Protocol
 
-from . import messages
+from . import express, messages
 from .conversation import Conversation
 from .messages import Frames, Frontend, Parse, ProtocolError
 from .real import Relay
@@ -188,6 +188,8 @@ class VirtualConnection:
             return
         if conversation is None:
             self._relay(data, found)
+            return
+        if express.takes(conversation, data, found):
             return
         for kind, begin, end in found:
             if kind == Frontend.TERMINATE:

@@ -1,0 +1,78 @@
+"""The usual case by the short way: one statement that asks for no more than to be run.
+
+Most of what an application says in a block is a prepared statement that is run, or a Query of one
+statement, when the session is free for it. Nothing of that has to be seen to but the savepoint, so that
+it is sent at once, and its answer ends it. All else takes the long way, which is the conversation's.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from lifekit.sandbox._sql import Verb, read
+
+from .messages import Frontend
+
+if TYPE_CHECKING:
+    from .conversation import Conversation  # whose short way it is
+
+_RUN = [Frontend.BIND, Frontend.EXECUTE, Frontend.SYNC]
+_ALL_ROWS = b"\0\0\0\0"
+_LONG = 10_000
+_SPECIAL = re.compile("advisory|cursor|config|notif|listen|copy|constraints", re.IGNORECASE)
+"""What is in a text of which more than the answer may come."""
+
+
+@lru_cache(maxsize=4096)
+def _only_reads(text: bytes) -> bool | None:
+    """Return whether a text surely does nothing but read; None where the long way has to see to it."""
+    decoded = text.decode("utf-8", "surrogateescape")
+    script = read(decoded)
+    if len(script.statements) != 1 or not script.simple or _SPECIAL.search(decoded) is not None:
+        return None
+    [statement] = script.statements
+    if statement.verb is not Verb.PLAIN or statement.needs_transaction is not None:
+        return None
+    return script.reads
+
+
+def takes(conversation: Conversation, data: bytes, found: list[tuple[int, int, int]]) -> bool:
+    """Send what a client says at once, where that is all there is to it; return whether it was."""
+    if not conversation.is_free:
+        return False
+    if len(found) == 1:
+        return found[0][0] == Frontend.QUERY and _query(conversation, data)
+    if [kind for kind, _, _ in found] != _RUN:
+        return False
+    _, bind, execute = found[0]
+    _, _, sync = found[1]
+    if data[bind + 5] or data[execute + 5]:  # not the unnamed portal
+        return False
+    name_ends = data.find(0, bind + 6, execute)
+    name = data[bind + 6 : name_ends]
+    client = conversation.client
+    prepared, known = client.prepared.get(name), client.known.get(name)
+    if prepared is None or known is None or conversation.session.schema_changed:
+        return False
+    reads = _only_reads(prepared.text)
+    if reads is None or not conversation.carrier.goes_at_once(only_reads=reads):
+        return False
+    body = b"\0%b%b" % (known, data[name_ends:execute])
+    sent = b"B%b%b%b" % ((len(body) + 4).to_bytes(4, "big"), body, data[execute:])
+    is_whole = data[execute + 6 : sync] == _ALL_ROWS
+    conversation.hurries(prepared.text, is_whole=is_whole)
+    conversation.carrier.hurry(sent, conversation.has_hurried, only_reads=reads, simple=False)
+    return True
+
+
+def _query(conversation: Conversation, data: bytes) -> bool:
+    if len(data) > _LONG:
+        return False
+    reads = _only_reads(data[5:-1])
+    if reads is None or not conversation.carrier.goes_at_once(only_reads=reads):
+        return False
+    conversation.hurries(None, is_whole=True)
+    conversation.carrier.hurry(data, conversation.has_hurried, only_reads=reads, simple=True)
+    return True
