@@ -61,6 +61,7 @@ class Hub:
         self._orphans: set[Relay] = set()  # whose clients have gone while they were lent
         self._numbers = 0
         self._ended: Callable[[list[str]], None] | None = None
+        self._overdue: Timer | None = None  # what ends the wait for those that are busy
         self._undoing: set[Session] = set()
         self._wrong: list[str] = []  # of those that are undone
         self.has_listeners = False
@@ -200,8 +201,14 @@ class Hub:
                 self._drop(each)
 
     def _lend(self, shared: Session) -> None:
-        self._lenders[shared].lent = shared.real
-        shared.begin()
+        lender = self._lenders[shared]
+        lender.lent = shared.real
+        shared.begin(lender.sets)
+
+    def schema_changes(self) -> None:
+        """Take note that a client changes it outside of blocks."""
+        for each in self._sessions.values():
+            each.deferrable = None
 
     def wakes(self, client: VirtualConnection) -> None:
         """Move a client that says something into the block, unless it is in the midst of something."""
@@ -226,8 +233,9 @@ class Hub:
         self.is_open = False
         self.schema_changed = any(each.schema_changed for each in self._sessions.values())
         self._ended = ended
-        self._overdue = self._later(session.PATIENCE, self._end_the_rest)
         self._go_on_ending()
+        if self._ended is not None and not self._undoing:
+            self._overdue = self._later(session.PATIENCE, self._end_the_rest)
         self.flush()
 
     def rests_in_block(self) -> None:
@@ -267,7 +275,9 @@ class Hub:
         client.close()
 
     def _undo(self) -> None:
-        self._overdue.cancel()
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
         self._undoing = {each for each in self._sessions.values() if each.is_open}
         if not self._undoing:
             self._finish()

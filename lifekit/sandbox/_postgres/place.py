@@ -69,6 +69,8 @@ class Place:
 
     async def run(self, call: Callable[[Callable[[T], None]], object]) -> T:
         """Have something called there, and wait for what it gives to its argument."""
+        if self.is_here:
+            return await _given(call)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # trio's
@@ -81,14 +83,10 @@ class Place:
             if not given.done():
                 given.set_result(value)
 
-        if self.is_here:
-            call(give)
-        else:
+        def give_from_there(value: T) -> None:
+            loop.call_soon_threadsafe(give, value)
 
-            def give_from_there(value: T) -> None:
-                loop.call_soon_threadsafe(give, value)
-
-            self.loop.call_soon_threadsafe(call, give_from_there)
+        self.loop.call_soon_threadsafe(call, give_from_there)
         return await given
 
     def hang(self, moves: _Moves) -> None:
@@ -138,6 +136,22 @@ class Place:
         if self._thread is not None:
             self.loop.call_soon_threadsafe(self.loop.call_soon, self.loop.stop)
             self._thread.join()
+
+
+async def _given(call: Callable[[Callable[[T], None]], object]) -> T:
+    at_once: list[T] = []
+    given: asyncio.Future[None] | None = None
+
+    def give(value: T) -> None:
+        at_once.append(value)
+        if given is not None and not given.done():
+            given.set_result(None)
+
+    call(give)
+    if not at_once:
+        given = asyncio.get_running_loop().create_future()
+        await given
+    return at_once[0]
 
 
 def _knows_sockets(loop: asyncio.AbstractEventLoop) -> bool:

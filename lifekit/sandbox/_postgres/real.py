@@ -86,11 +86,6 @@ class Exchange:
         self.guard_failed = False  # the error is one of those first parts
         self.rows: list[list[str | None]] = []  # where there is no client
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether its client gets it as it comes."""
-        return not (self.client is None or self.again or self.holds)
-
 
 class RealConnection:
     """One that several clients share."""
@@ -125,7 +120,7 @@ class RealConnection:
                     exchange.drop -= kind in Backend.COMPLETE
                     begin = end
                     continue
-            elif kind in _PLAIN and exchange.is_plain:
+            elif kind in _PLAIN and not (exchange.again or exchange.holds):
                 continue
             if not self._passes(exchange, kind, data, at, end):
                 self._pass(exchange, data, begin, at)

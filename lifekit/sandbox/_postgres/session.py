@@ -15,7 +15,7 @@ the server skips what follows them, and the block has been escaped.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum, auto
 from itertools import count
 from secrets import token_hex
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .messages import SYNC, Parse, error_fields, query, run_prepared
 from .real import Client, Exchange, RealConnection
-from .settings import setting
+from .settings import LIMITS, setting
 
 if TYPE_CHECKING:
     from .conversation import Conversation  # to which it gives turns
@@ -83,6 +83,13 @@ _LIMITS = (
     )
 ).encode()
 """The real transaction may be idle and long, and waits for no lock forever."""
+_ARE_DEFAULT = """SELECT bool_and(setting = '0') FROM pg_catalog.pg_settings
+WHERE name IN ('lock_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout',
+    'transaction_timeout')"""
+"""Whether all of those are off, so that one of them is all that has to be set."""
+_UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
+    (SELECT max(oid) FROM pg_catalog.pg_constraint)"""
+"""And tell the newest constraint, by which a change of the schema from elsewhere shows."""
 _CLOSE_CURSORS = """DO $lifekit$ DECLARE commands text; BEGIN
 SELECT string_agg('CLOSE ' || quote_ident(name), ';') INTO commands FROM pg_catalog.pg_cursors
 WHERE NOT is_holdable AND name !~ '^lifekit_';
@@ -139,6 +146,7 @@ class Session:
             "rollback": b"ROLLBACK",
             "begin": b"BEGIN",
             "limits": _LIMITS,
+            "limit": b"SET LOCAL lock_timeout = 9999",
             "set": b"SAVEPOINT " + name,
             "release": b"RELEASE SAVEPOINT " + name,
             "undo": b"ROLLBACK TO SAVEPOINT " + name,
@@ -148,12 +156,18 @@ class Session:
             "uncheck": b"ROLLBACK TO SAVEPOINT " + name + b"_check",
             "release_check": b"RELEASE SAVEPOINT " + name + b"_check",
             "deferrable": _DEFERRABLE.encode(),
+            "discard": b"DISCARD SEQUENCES",
+            "unlock": _UNLOCK,
         }
         self._own = {what: name + b"_" + what.encode() for what in texts}
         self._prepare = b"".join(
             Parse(self._own[what], text, b"\0\0").encode() for what, text in texts.items()
         )
         self._is_prepared = False
+        self._runs = {what: run_prepared(name) for what, name in self._own.items()}
+        self._undo = b"".join(self._runs[what] for what in ("rollback", "discard", "unlock")) + SYNC
+        self._are_default: bool | None = None  # the limits, as far as is known
+        self._newest: str | None = None  # of the constraints
 
     def unique_name(self) -> bytes:
         """Return a name that no other statement or portal of the session has."""
@@ -245,6 +259,7 @@ class Session:
             sent, answers, self._is_prepared = self._prepare, len(self._own), True
         other = self._other(settings)
         steps = _TO_CLEAN[self.savepoint, bool(other)]
+        runs = self._runs
         self._if_cancelled = None if "release" in steps else _IF_CANCELLED.get(self.savepoint)
         for what in steps:
             if what == "settings":
@@ -253,10 +268,10 @@ class Session:
                 self.unnamed = None
                 self.applied.update(other)
             else:
-                sent += run_prepared(self._own[what])
+                sent += runs["limit" if what == "limits" and self._are_default else what]
                 answers += 2
         if read_only:
-            sent += run_prepared(self._own["read_only"])
+            sent += runs["read_only"]
             answers += 2
         self.savepoint = Savepoint.FAILED  # until what follows has ended well
         return sent, answers
@@ -308,7 +323,7 @@ class Session:
 
     def own(self, what: str) -> bytes:
         """Return what runs one of the statements that the session has prepared: two answers."""
-        return run_prepared(self._own[what])
+        return self._runs[what]
 
     @property
     def failing(self) -> bytes:
@@ -374,14 +389,26 @@ class Session:
 
     # -- a block -----------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Begin a block; what that needs is sent with the first statement."""
+    def begin(self, sets: Collection[str]) -> None:
+        """Begin a block; what that needs is sent with the first statement.
+
+        *sets* are the names of what has been set on the connection.
+        """
         self.is_open = True
         self.savepoint = Savepoint.MISSING
         self._used = self.schema_changed = False
-        self.deferrable = None
+        if self._are_default is None or not LIMITS.isdisjoint(sets):
+            self._learn_limits()
         self.base.clear()
         self.applied.clear()
+
+    def _learn_limits(self) -> None:
+        # The answer comes before that of any statement, and is late for the first block only.
+        def learned(exchange: Exchange) -> None:
+            self._are_default = exchange.rows == [["t"]]
+
+        self._are_default = False
+        self.real.begin(Exchange(None, learned, simple=True), query(_ARE_DEFAULT.encode()))
 
     def end(self, ended: Callable[[str | None], None]) -> None:
         """Undo everything; *ended* gets what is wrong with the connection, None if nothing is."""
@@ -391,15 +418,16 @@ class Session:
             return
         if self.schema_changed:
             self.generation += 1
-        commands = [b"ROLLBACK", b"SELECT pg_advisory_unlock_all()", b"DISCARD SEQUENCES"]
+            self.deferrable = None
         closed, answers = self.collect()
 
         def undone(exchange: Exchange) -> None:
+            newest = exchange.rows[-1][-1] if exchange.rows else None
+            if newest != self._newest:  # somebody has changed the schema for good
+                self._newest, self.deferrable = newest, None
             if exchange.error is not None or exchange.status != "I":
                 ended(error_fields(exchange.error or b"").get("M", "it is still in a transaction"))
             else:
                 ended(self.escape)
 
-        if closed:
-            self.real.begin(Exchange(None, lambda _: None, drop=answers), closed + SYNC)
-        self.real.begin(Exchange(None, undone, simple=True), query(b"; ".join(commands)))
+        self.real.begin(Exchange(None, undone, drop=answers), closed + self._undo)

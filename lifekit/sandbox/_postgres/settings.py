@@ -22,12 +22,13 @@ _SETS = re.compile(
 _FIXED = re.compile(r"\bstandard_conforming_strings\b", re.IGNORECASE)
 _CHARACTERISTICS = re.compile(r"\bset\s+session\s+characteristics\b", re.IGNORECASE)
 _DEFAULTS = ("default_transaction_read_only", "default_transaction_isolation")
-_LIMITS = {
+LIMITS = {
     "lock_timeout",
     "idle_in_transaction_session_timeout",
     "idle_session_timeout",
     "transaction_timeout",
 }
+"""Of those that may end the real transaction, or a wait."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sets:
     @property
     def is_limit(self) -> bool:
         """Whether it sets what may end the real transaction."""
-        return self.resets_all or bool(_LIMITS & (self.local | self.session))
+        return self.resets_all or bool(LIMITS & (self.local | self.session))
 
     def __bool__(self) -> bool:
         return bool(self.local or self.session or self.resets_all or self.is_unknown or self.is_fixed)

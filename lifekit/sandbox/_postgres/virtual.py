@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 PROTOCOL_VIOLATION = "08P01"
 
-_CHANGES = re.compile(rb"set|discard|listen", re.IGNORECASE)
-"""What is in a text that changes the session's own state."""
+_CHANGES = re.compile(rb"set|discard|listen|create|alter|drop", re.IGNORECASE)
+"""What is in a text that changes the session's own state, or the schema."""
+_SCHEMA = re.compile(rb"\b(create|alter|drop)\b", re.IGNORECASE)
 _LISTENS = re.compile(rb"\blisten\b", re.IGNORECASE)
 _ENDS = frozenset((Frontend.SYNC, Frontend.QUERY, Frontend.FUNCTION_CALL))
 """What the server answers with a ReadyForQuery."""
@@ -228,6 +229,8 @@ class VirtualConnection:
             return
         if _LISTENS.search(text) is not None:
             self.hub.has_listeners = True
+        if _SCHEMA.search(text) is not None:
+            self.hub.schema_changes()
         assert self.relay is not None
         self.relay.sets |= sets(text.decode("utf-8", "surrogateescape")).session
         self._asked = frozenset()
