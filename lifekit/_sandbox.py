@@ -145,6 +145,7 @@ class Block:
         seconds = self.lifespan.registry.close_timeout
         failures: list[Exception] = []
         interrupt: BaseException | None = None
+        _end_at_once(begun, failures)
         while begun:
             limit = TimeLimit(seconds)
             outcome = await undisturbed(_end_each(begun, failures, limit), limit)
@@ -167,6 +168,17 @@ class Block:
             raise ExceptionGroup(f"the sandbox at {self.location} ended with failures", failures)
 
 
+def _end_at_once(begun: list[tuple[str, Sandbox]], failures: list[Exception]) -> None:
+    """Undo in reverse order, up to the first that has to wait for something."""
+    while begun:
+        try:
+            if not begun[-1][1].end_at_once():
+                return
+        except Exception as error:
+            failures.append(_redacted(error))
+        begun.pop()
+
+
 async def _end_each(
     begun: list[tuple[str, Sandbox]], failures: list[Exception], limit: TimeLimit
 ) -> None:
@@ -176,7 +188,11 @@ async def _end_each(
         try:
             await begun[-1][1].end()
         except Exception as error:
-            from ._stand_in import redact_error  # here, so that an import of lifekit costs little
-
-            failures.append(cast("Exception", redact_error(error)))
+            failures.append(_redacted(error))
         begun.pop()
+
+
+def _redacted(error: Exception) -> Exception:
+    from ._stand_in import redact_error  # here, so that an import of lifekit costs little
+
+    return cast("Exception", redact_error(error))

@@ -39,6 +39,14 @@ class Sandbox:
             SandboxEscapedError: Something is still in use, or could not be undone.
         """
 
+    def end_at_once(self) -> bool:
+        """Do what `end` does, where that takes no waiting; return whether it was done.
+
+        Raises:
+            SandboxEscapedError: As `end` does.
+        """
+        return False
+
     async def close(self) -> None:
         """Give up what the sandbox itself holds; the value's own closing follows."""
 

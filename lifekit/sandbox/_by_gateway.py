@@ -129,6 +129,18 @@ class PostgresSandbox(Sandbox):
         if wrong:
             raise SandboxEscapedError("\n".join(wrong))
 
+    def end_at_once(self) -> bool:
+        """Do so where nothing is under way, and no client has to forget a schema."""
+        if self._gateway is not None:
+            wrong = self._gateway.end_at_once()
+            if wrong is None:
+                return False
+            self._is_open = False
+            if wrong:
+                raise SandboxEscapedError("\n".join(wrong))
+        self._is_open = False
+        return True
+
     def finish(self) -> None:
         """Close all that there is, with the lifespan."""
         if self._gateway is not None:
@@ -177,6 +189,10 @@ class PoolSandbox(Sandbox, Generic[T]):
             if taken is not None:
                 await taken
         raise told
+
+    def end_at_once(self) -> bool:
+        """Do so where there is nothing."""
+        return next(self._strays(), None) is None
 
     def _strays(self) -> Iterator[Any]:
         before = {id(each) for known in self._before if (each := known()) is not None}

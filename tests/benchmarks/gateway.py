@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +77,8 @@ async def _transaction(connection: Any) -> None:
         await connection.fetch(QUERY, 1)
 
 
-def _row(key: str, what: str, floor: list[float], ours: list[float], most: float) -> Row:
+def _row(key: str, what: str, most: float, costs: Sequence[list[float]]) -> Row:
+    floor, ours = costs
     ratio = paired_ratio(floor, ours)
     return Row(what, min(floor), min(ours), ratio, "us", most=most, key=f"sandbox/{key}")
 
@@ -108,15 +109,13 @@ def in_memory(*, rounds: int = 100, times: int = 20) -> list[Row]:
                 transactions = await turns(
                     each(times, _transaction, both.floor), each(times, _transaction, both.ours)
                 )
-                rows = await turns(
-                    each(1, both.floor.fetch, ROWS), each(1, both.ours.fetch, ROWS)
-                )
+                rows = await turns(each(1, both.floor.fetch, ROWS), each(1, both.ours.fetch, ROWS))
         return [
-            _row("query", "a test of SELECT 1: BEGIN, query, ROLLBACK (asyncpg, memory)", *tests, 1.25),
-            _row("insert", "a test with an insert: the same", *inserts, 1.3),
-            _row("statement", "a statement in a transaction: asyncpg by itself", *statements, 1.4),
-            _row("transaction", "a transaction of two statements: the same", *transactions, 1.1),
-            _row("rows", "5,000 rows: the same", *rows, 2.3),
+            _row("query", "a test of SELECT 1: BEGIN, query, ROLLBACK (asyncpg, memory)", 1.25, tests),
+            _row("insert", "a test with an insert: the same", 1.3, inserts),
+            _row("statement", "a statement in a transaction: asyncpg by itself", 1.4, statements),
+            _row("transaction", "a transaction of two statements: the same", 1.1, transactions),
+            _row("rows", "5,000 rows: the same", 2.3, rows),
         ]
 
     return on("asyncio", measured)
@@ -163,10 +162,10 @@ def in_a_thread(*, rounds: int = 60, times: int = 10) -> list[Row]:
                                 use(session)
 
                     takes = [partial(seconds, times, act) for act in (by_recipe, in_a_block)]
-                    floor, ours = await interleave(rounds, *takes)
+                    costs = await interleave(rounds, *takes)
             bare.dispose()
         what = "a test with a commit: SQLAlchemy's recipe (sync, psycopg2, thread)"
-        return [_row("thread", what, floor, ours, 1.5)]
+        return [_row("thread", what, 1.5, costs)]
 
     return on("asyncio", measured)
 

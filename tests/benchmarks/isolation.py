@@ -23,6 +23,7 @@ from .measure import Row, interleave, on, paired_ratio
 
 ROOT = Path(__file__).parents[2]
 
+
 async def seconds(times: int, act: Callable[[], Awaitable[object]]) -> float:
     """Return the seconds of one *act* of so many."""
     began = perf_counter()

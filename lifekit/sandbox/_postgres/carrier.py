@@ -162,7 +162,7 @@ class Carrier:
         data = b"".join((guard, *batch.again, *batch.sent, SYNC))
         again = len(batch.again)
         exchange = self.session.send(self.conversation, self._ended, data, answers, again=again)
-        exchange.describes.extend(batch.describes)
+        exchange.describes = batch.describes
         yield from self._answer(exchange)
         if exchange.error is not None:
             self.conversation.did_not_prepare(batch, exchange.parsed)
@@ -210,9 +210,16 @@ class Carrier:
             return False
         return transaction.is_open or not (session.deferrable[0] or self._has_cursors)
 
-    def hurry(
-        self, data: bytes, ended: Callable[[], None], *, only_reads: bool, simple: bool
-    ) -> None:
+    @property
+    def commits_at_once(self) -> bool:
+        """Whether a commit has nothing to do on the session."""
+        if not self.has_savepoint:
+            return True
+        if self._locals or self._sets or self._has_cursors:
+            return False
+        return not self.transaction.wrote or self.session.deferrable == ("", "")
+
+    def hurry(self, data: bytes, ended: Callable[[], None], *, only_reads: bool, simple: bool) -> None:
         """Send one statement to which nothing else has to be done; *ended* is called at its end."""
         self.session.acquire(self.conversation)
         guard, answers = self._guard()

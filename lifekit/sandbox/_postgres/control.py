@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, NoReturn
 
-from lifekit.sandbox._sql import Script, Statement, Verb
+from lifekit.sandbox._sql import Statement, Verb, read
 
-from .messages import complete, error, warning
+from . import names
+from .messages import Parse, complete, error, warning
 
 FAILED: Final = "25P02"
 NO_TRANSACTION: Final = "25P01"
@@ -86,8 +87,16 @@ class Transaction:
         return not self.wrote and self.isolation not in ("repeatable read", "serializable")
 
 
-def controls(script: Script) -> Statement | None:
-    """Return the one statement of a script, where it controls a transaction and may be local."""
+Local = Statement | names.Forgets
+"""What may be answered here."""
+
+
+def control_of(prepared: Parse) -> Local | None:
+    """Return the one statement of what is prepared, where it may be answered here."""
+    text = prepared.text.decode("utf-8", "surrogateescape")
+    script = read(text)
+    if script.plain and script.session:
+        return names.forgets(text)
     if len(script.statements) != 1:
         return None
     statement = script.statements[0]

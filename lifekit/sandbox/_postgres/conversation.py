@@ -16,13 +16,14 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lifekit.sandbox._sql import Script, Statement, Verb, read
+from lifekit.sandbox._sql import Statement, Verb, read
 
 from . import messages, names
 from .carrier import Batch, Carrier, ServerFailed, Steps
-from .control import ALONE, Failure, answer, controls, is_local
+from .control import Failure, Local, answer, control_of, is_local
 from .messages import READY, SYNC, Backend, Bind, Frontend, Parse, complete
 from .real import Exchange
+from .refusals import ACTIVE_TRANSACTION, CYCLE, IDLE, LOCK_NOT_AVAILABLE, WAY_OUT, hinted
 from .session import Savepoint, Session
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ if TYPE_CHECKING:
 NO_STATEMENT = "26000"
 NO_PORTAL = "34000"
 DUPLICATE_STATEMENT = "42P05"
-ACTIVE_TRANSACTION = "25001"
 CANCELED = "57014"
-LOCK_NOT_AVAILABLE = "55P03"
 UNSUPPORTED = "0A000"
 
 _STATEMENT = ord("S")
@@ -48,25 +47,6 @@ _RESET = b"SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;
 """What asyncpg's pool says of each connection that comes back, as of asyncpg 0.32."""
 _RESET_DONE = b"".join(map(complete, ("SELECT 1", "CLOSE CURSOR ALL", "UNLISTEN", "RESET")))
 _OTHER_ROWS = "cached plan must not change result type"
-_IDLE = "lifekit's sandbox: another connection has a transaction open, and does nothing in it"
-_CYCLE = "lifekit's sandbox: this waits for another connection's transaction, and that for this"
-_WAY_OUT = (
-    "In production these are two connections, and the second does not see what the first has not "
-    "committed. Pass the connection on to what runs inside its transaction, or commit first."
-)
-_NEEDS_NO_TRANSACTION = {ACTIVE_TRANSACTION, "2D000"}
-_RUNS_OUTSIDE = (
-    "PostgreSQL runs this outside of transactions only, and in lifekit's sandbox all runs inside one. "
-    f"Run the test without a sandbox: {ALONE}."
-)
-_LOCKED = (
-    "Another transaction has the lock and did not end within ten seconds. In lifekit's sandbox that is "
-    "most likely another test process on the same database, or another database user of this test. Let "
-    "each make rows and keys of its own, or run the test without a sandbox: "
-    f"{ALONE}."
-)
-Local = Statement | names.Forgets
-"""What may be answered here."""
 
 
 class Conversation:
@@ -100,6 +80,11 @@ class Conversation:
     def rests(self) -> bool:
         """Whether nothing is under way."""
         return self._is_between and not self._inbox
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is under way, no transaction either."""
+        return self._is_between and not (self._inbox or self.transaction.is_open)
 
     def parks(self) -> bool:
         """Return whether another client may have the session for now."""
@@ -174,18 +159,18 @@ class Conversation:
     def refuse_to_wait(self, holder: Conversation) -> None:
         """Say that the one who has the session does nothing in its transaction."""
         who, _ = self.client.hub.explain(self.client, holder.client)
-        self._refuse(_IDLE, holder, who)
+        self._refuse(IDLE, holder, who)
 
     def refuse_at_once(self, holder: Conversation) -> None:
         """Say so, where it can be seen that the one who has the session waits for this."""
         who, is_impossible = self.client.hub.explain(self.client, holder.client)
         if is_impossible:
             self.session.leave(self)
-            self._refuse(_CYCLE, holder, who)
+            self._refuse(CYCLE, holder, who)
 
     def _refuse(self, text: str, holder: Conversation, who: str) -> None:
         who = who or f"It is connection {holder.client.number}."
-        self.carrier.refusal = Failure(LOCK_NOT_AVAILABLE, text, who, _WAY_OUT)
+        self.carrier.refusal = Failure(LOCK_NOT_AVAILABLE, text, who, WAY_OUT)
         self.resume()
 
     def cancel(self) -> None:
@@ -210,6 +195,17 @@ class Conversation:
         if bound is not None and self.transaction.is_open:
             self._portals[b""], self._bound[b""] = b"", bound.decode("utf-8", "surrogateescape")
             self.transaction.has_portals |= not is_whole
+
+    def controls_at_once(self, statement: Statement) -> bool:
+        """Begin or end a transaction, where the server does not have to know; return whether it was."""
+        transaction, verb = self.transaction, statement.verb
+        if verb is Verb.BEGIN and transaction.is_open:
+            return False
+        if verb is Verb.COMMIT and (transaction.failed or not self.carrier.commits_at_once):
+            return False
+        self._control_now(statement)
+        self._end()
+        return True
 
     def has_hurried(self) -> None:
         """Go on: it has been answered."""
@@ -313,7 +309,7 @@ class Conversation:
             shown = name.decode("utf-8", "replace")
             yield from self._flush()
             raise Failure(DUPLICATE_STATEMENT, f'prepared statement "{shown}" already exists')
-        if _control(prepared) is not None:
+        if control_of(prepared) is not None:
             yield from self._flush()
             self._remember(prepared)
             self.client.send(messages.PARSE_COMPLETE)
@@ -340,7 +336,7 @@ class Conversation:
         return known[name]
 
     def _encoded(self, prepared: Parse) -> bytes:
-        script = _script(prepared)
+        script = read(prepared.text.decode("utf-8", "surrogateescape"))
         name = self._name(prepared.name)
         if script.session and len(script.statements) == 1:
             text = self._renamed(prepared.text.decode("utf-8", "surrogateescape"))
@@ -354,7 +350,7 @@ class Conversation:
             shown = name.decode("utf-8", "replace")
             told = f'prepared statement "{shown}"' if name else "unnamed prepared statement"
             raise Failure(NO_STATEMENT, f"{told} does not exist")
-        control = _control(prepared)
+        control = control_of(prepared)
         if control is not None:
             return prepared, control
         if name:
@@ -571,15 +567,7 @@ class Conversation:
 
     def refused(self, error: bytes) -> bytes:
         """Return an error of the server's, with a hint where it is the sandbox's doing."""
-        said = messages.error_fields(error)
-        code = said.get("C")
-        if code in _NEEDS_NO_TRANSACTION and not self.transaction.is_open:
-            hint = _RUNS_OUTSIDE
-        elif code == LOCK_NOT_AVAILABLE and "lock timeout" in said.get("M", ""):
-            hint = _LOCKED
-        else:
-            return error
-        return error[:-1] + b"H" + hint.encode() + b"\0\0"
+        return hinted(error, in_transaction=self.transaction.is_open)
 
     def copy_begins(self, exchange: Exchange) -> None:
         """Send the client's data, of which some may have come before the server asked for it."""
@@ -605,14 +593,3 @@ class Conversation:
             self.session.real.send(SYNC)
             if not self._batch.syncs:
                 self._inbox.append((kind, b""))
-
-
-def _script(prepared: Parse) -> Script:
-    return read(prepared.text.decode("utf-8", "surrogateescape"))
-
-
-def _control(prepared: Parse) -> Local | None:
-    script = _script(prepared)
-    if script.plain and script.session:
-        return names.forgets(prepared.text.decode("utf-8", "surrogateescape"))
-    return controls(script)

@@ -11,13 +11,14 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lifekit.sandbox._sql import Verb, read
+from lifekit.sandbox._sql import Statement, Verb, read
 
 from .messages import Frontend
 
 if TYPE_CHECKING:
     from .conversation import Conversation  # whose short way it is
 
+_CONTROLS = frozenset({Verb.BEGIN, Verb.COMMIT, Verb.ROLLBACK})
 _RUN = [Frontend.BIND, Frontend.EXECUTE, Frontend.SYNC]
 _ALL_ROWS = b"\0\0\0\0"
 _LONG = 10_000
@@ -26,16 +27,19 @@ _SPECIAL = re.compile("advisory|cursor|config|notif|listen|copy|constraints", re
 
 
 @lru_cache(maxsize=4096)
-def _only_reads(text: bytes) -> bool | None:
-    """Return whether a text surely does nothing but read; None where the long way has to see to it."""
+def _usual(text: bytes) -> bool | Statement | None:
+    """Return whether a text surely does nothing but read; or the statement that begins or ends a
+    transaction; None where the long way has to see to it.
+    """
     decoded = text.decode("utf-8", "surrogateescape")
     script = read(decoded)
-    if len(script.statements) != 1 or not script.simple or _SPECIAL.search(decoded) is not None:
+    if len(script.statements) != 1 or _SPECIAL.search(decoded) is not None:
         return None
     [statement] = script.statements
-    if statement.verb is not Verb.PLAIN or statement.needs_transaction is not None:
-        return None
-    return script.reads
+    if statement.verb in _CONTROLS and not (statement.chain or statement.read_only is not None):
+        return statement
+    is_plain = statement.verb is Verb.PLAIN and statement.needs_transaction is None
+    return script.reads if is_plain and script.simple else None
 
 
 def takes(conversation: Conversation, data: bytes, found: list[tuple[int, int, int]]) -> bool:
@@ -56,8 +60,8 @@ def takes(conversation: Conversation, data: bytes, found: list[tuple[int, int, i
     prepared, known = client.prepared.get(name), client.known.get(name)
     if prepared is None or known is None or conversation.session.schema_changed:
         return False
-    reads = _only_reads(prepared.text)
-    if reads is None or not conversation.carrier.goes_at_once(only_reads=reads):
+    reads = _usual(prepared.text)
+    if not isinstance(reads, bool) or not conversation.carrier.goes_at_once(only_reads=reads):
         return False
     body = b"\0%b%b" % (known, data[name_ends:execute])
     sent = b"B%b%b%b" % ((len(body) + 4).to_bytes(4, "big"), body, data[execute:])
@@ -70,7 +74,9 @@ def takes(conversation: Conversation, data: bytes, found: list[tuple[int, int, i
 def _query(conversation: Conversation, data: bytes) -> bool:
     if len(data) > _LONG:
         return False
-    reads = _only_reads(data[5:-1])
+    reads = _usual(data[5:-1])
+    if isinstance(reads, Statement):
+        return conversation.controls_at_once(reads)
     if reads is None or not conversation.carrier.goes_at_once(only_reads=reads):
         return False
     conversation.hurries(None, is_whole=True)

@@ -62,12 +62,9 @@ class Hub:
         self._numbers = 0
         self._ended: Callable[[list[str]], None] | None = None
         self._overdue: Timer | None = None  # what ends the wait for those that are busy
-        self._undoing: set[Session] = set()
         self._wrong: list[str] = []  # of those that are undone
         self.has_listeners = False
         """Whether a client has said LISTEN outside of blocks."""
-        self.schema_changed = False
-        """Whether the last block changed a schema: clients may know what is not true any more."""
 
     def _later(self, seconds: float, call: Callable[[], None]) -> Timer:
         def ring() -> None:
@@ -87,6 +84,20 @@ class Hub:
     def is_ending(self) -> bool:
         """Whether a block is being undone."""
         return self._ended is not None
+
+    @property
+    def schema_changed(self) -> bool:
+        """Whether the block has changed a schema: then clients know what is not true any more."""
+        return any(each.schema_changed for each in self._sessions.values())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody in the block is in the midst of something."""
+        for client in self.clients.values():
+            conversation = client.conversation
+            if client.is_asking or (conversation is not None and not conversation.is_over):
+                return True
+        return any(each.is_busy for each in self._sessions.values())
 
     # -- clients -----------------------------------------------------------------------------------
 
@@ -129,7 +140,7 @@ class Hub:
                 for other in list(self.clients.values()):
                     if other.conversation is not None and other.conversation.session is each:
                         other.close()
-                self._undone(each, None)  # the server has
+                self._give_back(relay, broken=False)  # the server has undone it
         client.close()
         self._go_on_ending()
 
@@ -142,6 +153,14 @@ class Hub:
                 self._orphans.add(client.relay)
             else:
                 self._close(client.relay)
+
+    def close(self) -> None:
+        """End all connections."""
+        for client in list(self.clients.values()):
+            client.close()
+        for relay in self._orphans:
+            self._close(relay)
+        self._orphans.clear()
 
     def _close(self, relay: Relay) -> None:
         for each, lender in list(self._lenders.items()):
@@ -191,11 +210,16 @@ class Hub:
     # -- blocks --------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Begin a block: clients that are idle are in it with the next thing that they say."""
+        """Begin a block: clients that are idle are in it with the next thing that they say.
+
+        What a session is still to undo of the block before goes ahead on the same connection.
+        """
         assert not self.is_open
         self.is_open = True
+        waiting = {client.relay for client in self.clients.values() if client.waits}
         for each in list(self._sessions.values()):
-            if self._lenders[each].is_idle:
+            lender = self._lenders[each]
+            if lender.is_idle and lender not in waiting:
                 self._lend(each)
             else:  # its client is in the midst of something, which stays outside
                 self._drop(each)
@@ -226,15 +250,15 @@ class Hub:
             client.enter(shared)
 
     def end(self, ended: Callable[[list[str]], None]) -> None:
-        """End the block: undo everything, then call *ended* with what went wrong.
+        """End the block: have everything undone, then call *ended* with what went wrong.
 
-        What is under way is waited for, though not forever: it belongs to the block.
+        What is under way is waited for, though not forever: it belongs to the block. The answer to
+        ROLLBACK is not: without it nothing lasts, and no client is served outside before it has come.
         """
         self.is_open = False
-        self.schema_changed = any(each.schema_changed for each in self._sessions.values())
         self._ended = ended
         self._go_on_ending()
-        if self._ended is not None and not self._undoing:
+        if self._ended is not None:
             self._overdue = self._later(session.PATIENCE, self._end_the_rest)
         self.flush()
 
@@ -244,15 +268,12 @@ class Hub:
             self._later(0, self._go_on_ending)
 
     def _go_on_ending(self) -> None:
-        if self._ended is None or self._undoing:
+        if self._ended is None:
             return
         for client in list(self.clients.values()):
-            conversation = client.conversation
-            if conversation is not None and conversation.rests and not conversation.transaction.is_open:
+            if client.conversation is not None and client.conversation.is_over:
                 client.leave()
-        clients = self.clients.values()
-        busy = any(client.conversation is not None or client.is_asking for client in clients)
-        if not busy and not any(each.is_busy for each in self._sessions.values()):
+        if not self.is_busy:
             self._undo()
 
     def _end_the_rest(self) -> None:
@@ -278,37 +299,27 @@ class Hub:
         if self._overdue is not None:
             self._overdue.cancel()
             self._overdue = None
-        self._undoing = {each for each in self._sessions.values() if each.is_open}
-        if not self._undoing:
-            self._finish()
-        for each in list(self._undoing):
-            each.end(partial(self._undone, each))
-
-    def _undone(self, each: Session, problem: str | None) -> None:
-        if each not in self._undoing:
-            return
-        self._give_back(each, broken=problem is not None)
-        if problem is not None:
-            self._wrong.append(problem)
-        self._undoing.remove(each)
-        if not self._undoing:
-            self._finish()
-
-    def _finish(self) -> None:
+        for each in [each for each in self._sessions.values() if each.is_open]:
+            if each.escape is not None:
+                self._wrong.append(each.escape)
+            each.end(partial(self._undone, each, self._lenders[each]))
         ended, self._ended = self._ended, None
         wrong, self._wrong = self._wrong, []
         assert ended is not None
         ended(wrong)
+
+    def _undone(self, each: Session, relay: Relay, problem: str | None) -> None:
+        if not each.is_open:
+            self._give_back(relay, broken=problem is not None)
+        elif problem is not None:  # the next block has it already
+            each.escape = problem
 
     def _cut(self, each: Session) -> None:
         relay = self._lenders[each]
         self._drop(each)
         relay.close()
 
-    def _give_back(self, each: Session, *, broken: bool) -> None:
-        relay = self._lenders.get(each)
-        if relay is None:
-            return
+    def _give_back(self, relay: Relay, *, broken: bool) -> None:
         relay.lent = None
         if broken or relay in self._orphans:
             self._orphans.discard(relay)

@@ -211,8 +211,9 @@ class Wire:
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Be read and written by that loop."""
-        # All of it: uvloop calls once for the last bytes and the end that comes with them.
-        loop.add_reader(self._socket, self.read)
+        # uvloop calls once for the last bytes and the end that comes with them.
+        calls_again = isinstance(loop, asyncio.SelectorEventLoop)
+        loop.add_reader(self._socket, self._read if calls_again else self.read)
         if self._unsent:
             loop.add_writer(self._socket, self._send)
 
@@ -247,9 +248,7 @@ class Wire:
         """Send."""
         if self._is_closing:
             return
-        if self._tls is not None:
-            data = self._tls.encrypt(data)
-        self.write_raw(data)
+        self.write_raw(data if self._tls is None else self._tls.encrypt(data))
 
     def write_raw(self, data: bytes) -> None:
         """Send what is encrypted already, or need not be."""

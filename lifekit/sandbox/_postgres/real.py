@@ -36,24 +36,31 @@ class Client(Protocol):
 class Exchange:
     """All that is sent up to one Sync, or one Query, and its answer up to one ReadyForQuery."""
 
-    __slots__ = (
-        "again",
-        "client",
-        "described",
-        "describes",
-        "drop",
-        "ended",
-        "error",
-        "guard_failed",
-        "held",
-        "holds",
-        "instead",
-        "parsed",
-        "rows",
-        "simple",
-        "status",
-        "was_cancelled",
-    )
+    ahead: bytes = b""
+    """How the first of the parts that are dropped are answered, where nothing goes wrong."""
+    ahead_parts: int = 0
+    """How many those are."""
+    holds: bool = False
+    """Whether the end of the answer is held back, for the client may get an error instead."""
+    held: bytes = b""
+    instead: bytes = b""
+    """What the client gets in place of what has just come."""
+    parsed: int = 0
+    """How many of the client's own statements are prepared."""
+    status: str | None = None
+    """That of the transaction when it has ended: I, T or E."""
+    described: bytes = b""
+    """The rows of the statement, where there is no client."""
+    error: bytes | None = None
+    was_cancelled: bool = False
+    """In its first parts, which does no harm."""
+    guard_failed: bool = False
+    """Whether the error is one of those first parts."""
+    describes: Sequence[bytes | None] = ()
+    """The names of the client's statements that are described; None of a portal."""
+    described_so_far: int = 0
+    rows: Sequence[list[str | None]] = ()
+    """Where there is no client."""
 
     def __init__(
         self,
@@ -71,20 +78,6 @@ class Exchange:
         """
         self.client, self.ended, self.simple = client, ended, simple
         self.drop, self.again = drop, again
-        self.holds = False  # back the end of the answer, for the client may get an error instead
-        self.held = b""
-        self.instead = b""  # of what has just come
-        self.describes: deque[bytes | None] = deque()
-        """The names of the client's statements that are described; None of a portal."""
-        self.parsed = 0
-        """How many of the client's own statements are prepared."""
-        self.status: str | None = None
-        """That of the transaction when it has ended: I, T or E."""
-        self.described = b""  # the rows of the statement, where there is no client
-        self.error: bytes | None = None
-        self.was_cancelled = False  # in its first parts, which does no harm
-        self.guard_failed = False  # the error is one of those first parts
-        self.rows: list[list[str | None]] = []  # where there is no client
 
 
 class RealConnection:
@@ -107,6 +100,12 @@ class RealConnection:
         Raises:
             ProtocolError: It is not PostgreSQL's protocol.
         """
+        if self.exchanges and self.exchanges[0].ahead and not self._frames.held:
+            exchange = self.exchanges[0]
+            if data.startswith(exchange.ahead):  # as it nearly always does
+                data = data[len(exchange.ahead) :]
+                exchange.drop -= exchange.ahead_parts
+                exchange.ahead = b""
         data, found = self._frames.feed(data)
         begin = 0  # of what the client of the oldest exchange is still to get
         for kind, at, end in found:
@@ -115,6 +114,7 @@ class RealConnection:
                 continue
             exchange = self.exchanges[0]
             if exchange.drop:
+                exchange.ahead = b""
                 begin = at
                 if kind not in _ENDS:
                     exchange.drop -= kind in Backend.COMPLETE
@@ -163,8 +163,10 @@ class RealConnection:
         if kind in _DESCRIPTIONS:
             if exchange.client is None:
                 exchange.described = data[at:end]
-            elif exchange.describes:
-                exchange.client.described(exchange.describes.popleft(), data[at:end])
+            elif exchange.described_so_far < len(exchange.describes):
+                name = exchange.describes[exchange.described_so_far]
+                exchange.described_so_far += 1
+                exchange.client.described(name, data[at:end])
         if exchange.client is not None and exchange.holds:
             if exchange.held:
                 exchange.client.send(exchange.held)
@@ -178,7 +180,7 @@ class RealConnection:
         if begin >= end:
             return
         if exchange.client is None:
-            exchange.rows += _rows(data, begin, end)
+            exchange.rows = [*exchange.rows, *_rows(data, begin, end)]
         else:
             exchange.client.send(data[begin:end])
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum, auto
-from itertools import count
+from itertools import count, takewhile
 from secrets import token_hex
 from typing import TYPE_CHECKING, Protocol
 
-from .messages import SYNC, Parse, error_fields, query, run_prepared
+from .messages import BIND_COMPLETE, SYNC, Parse, complete, error_fields, query, run_prepared
 from .real import Client, Exchange, RealConnection
 from .settings import LIMITS, setting
 
@@ -67,6 +67,14 @@ _IF_CANCELLED = {
     Savepoint.FAILED: Savepoint.FAILED,
 }
 """How the savepoint stands if what sets it is cancelled. Where it was released, all is lost."""
+_ANSWERS = {
+    "begin": "BEGIN",
+    "limit": "SET",
+    "set": "SAVEPOINT",
+    "release": "RELEASE",
+    "undo": "ROLLBACK",
+    "rollback": "ROLLBACK",
+}
 CANCELED = "57014"
 _NO_LIMIT = """CASE current_setting('{0}', true) WHEN '0' THEN '0' ELSE
     CASE WHEN current_setting('{0}', true) IS NOT NULL THEN set_config('{0}', '0', true) END END"""
@@ -168,6 +176,8 @@ class Session:
         self._undo = b"".join(self._runs[what] for what in ("rollback", "discard", "unlock")) + SYNC
         self._are_default: bool | None = None  # the limits, as far as is known
         self._newest: str | None = None  # of the constraints
+        self._usual: dict[object, tuple[bytes, int, tuple[bytes, int]]] = {}
+        self._ahead = b"", 0  # the answer to the guard that is about to be sent, and its parts
 
     def unique_name(self) -> bytes:
         """Return a name that no other statement or portal of the session has."""
@@ -254,13 +264,15 @@ class Session:
 
     def guard(self, settings: Mapping[str, str | None], *, read_only: bool) -> tuple[bytes, int]:
         """Return what sets a clean savepoint under some settings, and how many answers it gets."""
+        steps = _TO_CLEAN[self.savepoint, bool(other := self._other(settings))]
+        self._if_cancelled = None if "release" in steps else _IF_CANCELLED.get(self.savepoint)
+        self.savepoint = Savepoint.FAILED  # until what follows has ended well
+        if self._is_prepared and not (other or read_only):
+            sent, answers, self._ahead = self._usual_guard(steps)
+            return sent, answers
         sent, answers = b"", 0
         if not self._is_prepared:
             sent, answers, self._is_prepared = self._prepare, len(self._own), True
-        other = self._other(settings)
-        steps = _TO_CLEAN[self.savepoint, bool(other)]
-        runs = self._runs
-        self._if_cancelled = None if "release" in steps else _IF_CANCELLED.get(self.savepoint)
         for what in steps:
             if what == "settings":
                 sent += Parse(b"", setting(other).encode(), b"\0\0").encode() + run_prepared(b"")
@@ -268,13 +280,23 @@ class Session:
                 self.unnamed = None
                 self.applied.update(other)
             else:
-                sent += runs["limit" if what == "limits" and self._are_default else what]
+                sent += self._runs[what]
                 answers += 2
         if read_only:
-            sent += runs["read_only"]
+            sent += self._runs["read_only"]
             answers += 2
-        self.savepoint = Savepoint.FAILED  # until what follows has ended well
         return sent, answers
+
+    def _usual_guard(self, steps: tuple[str, ...]) -> tuple[bytes, int, tuple[bytes, int]]:
+        # It is the same each time, and so is its answer.
+        key = steps, self._are_default
+        if key not in self._usual:
+            whats = ["limit" if what == "limits" and self._are_default else what for what in steps]
+            sent = b"".join(self._runs[what] for what in whats)
+            known = list(takewhile(_ANSWERS.__contains__, whats))
+            ahead = b"".join(BIND_COMPLETE + complete(_ANSWERS[what]) for what in known)
+            self._usual[key] = sent, 2 * len(whats), (ahead, 2 * len(known))
+        return self._usual[key]
 
     def _other(self, settings: Mapping[str, str | None]) -> dict[str, str | None]:
         if not (settings or self.applied):
@@ -288,6 +310,8 @@ class Session:
 
     def collect(self) -> tuple[bytes, int]:
         """Return what closes the garbage, and how many answers it gets."""
+        if not self.garbage:
+            return b"", 0
         sent, answers = b"".join(self.garbage), len(self.garbage)
         self.garbage.clear()
         return sent, answers
@@ -318,6 +342,7 @@ class Session:
             ended(exchange)
 
         exchange = Exchange(client, at_its_end, drop=drop, again=again, simple=simple)
+        (exchange.ahead, exchange.ahead_parts), self._ahead = self._ahead, (b"", 0)
         self.real.begin(exchange, data)
         return exchange
 
@@ -430,4 +455,5 @@ class Session:
             else:
                 ended(self.escape)
 
-        self.real.begin(Exchange(None, undone, drop=answers), closed + self._undo)
+        exchange = Exchange(None, undone, drop=answers)
+        self.real.begin(exchange, closed + self._undo)

@@ -100,6 +100,11 @@ class VirtualConnection:
         """Whether it may be moved into a block: nothing is under way on its own connection."""
         return self.relay is not None and self.relay.is_ready and self.relay.is_idle
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has said something that is for its own connection, which is still another's."""
+        return bool(self._held)
+
     def enter(self, session: Session) -> None:
         """Stand on the session from now on."""
         if self.known_to != (session, session.generation):
