@@ -1,13 +1,27 @@
-"""Test mode's side of a lifespan: who opens sandboxed, and one block in which everything is undone."""
+"""Test mode's side of a lifespan: who opens sandboxed, and blocks in which everything is undone.
+
+Blocks of one lifespan nest. The context tells which ones do: code that was started inside of a block
+may begin another one there; other code would be a second test at the same time, and is refused.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast
 
-from ._backend import TimeLimit, undisturbed
-from ._errors import SandboxBusyError, SandboxError, SandboxEscapedError, summary, text_of
+import anyio
+
+from ._backend import TimeLimit, sit_out, undisturbed
+from ._errors import (
+    SandboxBusyError,
+    SandboxError,
+    SandboxEscapedError,
+    SandboxUnsupportedError,
+    summary,
+    text_of,
+)
 from ._stack import Site
 
 if TYPE_CHECKING:
@@ -39,22 +53,28 @@ def refuse_stragglers(what: str) -> None:
 
 
 class Block:
-    """One ``async with lifespan.sandbox():``. What is done to sandboxed values inside is undone."""
+    """One ``async with lifespan.sandbox():``. What is done to sandboxed values inside is undone.
+
+    Another one inside it undoes its own part, and no more.
+    """
 
     def __init__(self, lifespan: Lifespan, location: Site) -> None:
         self.location = location
         self.over: bool = False
         self.lifespan = lifespan
         self._begun: list[tuple[str, Sandbox]] = []
-        self._outer: Block | None = None
+        self._outer: Block | None = None  # of the context, which may be another lifespan's
+        self._around: Block | None = None  # of the same lifespan
         self._patches: tuple[Lifespan, ...] = ()
+        self._ended: anyio.Event | None = None
 
     async def __aenter__(self) -> Self:
         """Begin.
 
         Raises:
             SandboxError: The lifespan was not opened for it.
-            SandboxBusyError: It is in another block.
+            SandboxBusyError: It is in a block that this code was not started in.
+            SandboxUnsupportedError: It is in a block, and a value can't be in two.
         """
         lifespan = self.lifespan
         if self.over or self._begun:
@@ -65,37 +85,75 @@ class Block:
                 "inside `with lifekit.testing.sandboxing():`, or use `lifekit.testing.client(app, "
                 "sandbox=True)`, or the fixtures of lifekit's pytest plugin."
             )
-        if lifespan.block is not None:
-            raise SandboxBusyError(
-                f"the lifespan made at {lifespan.location} is in the sandbox at "
-                f"{lifespan.block.location} already, and has one at a time: leave that before "
-                f"this one, at {self.location}, begins. Tests that run at once want a lifespan each."
-            )
+        self._outer, self._around = current_block.get(), lifespan.block
+        if self._around is not None:
+            self._check_inside(self._around)
         lifespan.block = self
         self._patches = lifespan.patches
-        self._outer = current_block.get()
         current_block.set(self)
         try:
-            if lifespan.postgres is not None:
-                await self.begin("PostgreSQL", lifespan.postgres)
-            for each in (lifespan, *lifespan.patches):
-                for name, sandbox in each.sandboxes():
-                    await self.begin(name, sandbox)
+            for name, sandbox in self._sandboxes():
+                await self.begin(name, sandbox)
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
         return self
 
+    def _sandboxes(self) -> Iterator[tuple[str, Sandbox]]:
+        if self.lifespan.postgres is not None:
+            yield "PostgreSQL", self.lifespan.postgres
+        for each in (self.lifespan, *self.lifespan.patches):
+            yield from each.sandboxes()
+
+    def _check_inside(self, around: Block) -> None:
+        lifespan = self.lifespan
+        if not around.contains(self._outer):
+            raise SandboxBusyError(
+                f"the lifespan made at {lifespan.location} is in the sandbox at {around.location}, and "
+                f"the one at {self.location} was not entered by code that was started inside that. "
+                "Leave the first one before the second one begins. Tests that run at once need a "
+                "lifespan each."
+            )
+        for name, sandbox in self._sandboxes():
+            if not sandbox.nests:
+                raise SandboxUnsupportedError(
+                    f"the sandbox at {self.location} can't begin inside the one at {around.location}: "
+                    f"the sandbox of {name} undoes one block at a time. Override {name} in the "
+                    "outer one."
+                )
+
+    def contains(self, other: Block | None) -> bool:
+        """Return whether *other* is this block, or was begun inside it."""
+        while other is not None and other is not self:
+            other = other._outer
+        return other is self
+
+    def is_outside(self, other: Block | None) -> bool:
+        """Return whether code that was started in *other* is none of this block's."""
+        if other is None:
+            return True
+        around = self._around
+        return around is not None and around.contains(other) and not self.contains(other)
+
     async def begin(self, name: str, sandbox: Sandbox) -> None:
         """Begin for one value, as the block begins or as an override opens it."""
         self._begun.append((name, sandbox))
-        await sandbox.begin()
+        here = current_block.get()
+        current_block.set(self)  # an override's own task may have been started elsewhere
+        try:
+            await sandbox.begin()
+        finally:
+            current_block.set(here)
 
     async def end(self, sandbox: Sandbox) -> None:
-        """End for one value, which closes before the block ends."""
+        """End for one value, which closes before the block ends; in the blocks around it as well."""
         leaving = [each for each in self._begun if each[1] is sandbox]
         self._begun = [each for each in self._begun if each[1] is not sandbox]
-        await self._end(leaving)
+        try:
+            await self._end(leaving)
+        finally:
+            if self._around is not None:
+                await self._around.end(sandbox)
 
     async def __aexit__(
         self,
@@ -108,10 +166,11 @@ class Block:
         Raises:
             SandboxEscapedError: Something is still in use, or could not be undone. Where the body
                 itself failed, that error gets it as a note.
+            SandboxError: A block inside it was still in use. It ended with this one.
         """
         if self.over:
             return
-        self.over = True
+        self.over, self._ended = True, anyio.Event()
         if current_block.get() is self:
             outer = self._outer
             while outer is not None and outer.over:  # which ended first
@@ -126,9 +185,22 @@ class Block:
                 f"lifekit: and its sandbox ended with {summary(failure)}\n{text_of(failure)}"
             )
         finally:
-            self.lifespan.block = None
+            self.lifespan.block = self._around
+            self._ended.set()
 
     async def _end_all(self) -> None:
+        inner = self.lifespan.block
+        if inner is not None and inner is not self:
+            try:
+                if inner._ended is not None:  # another task is about to leave it
+                    await sit_out(inner._ended)
+                await inner.__aexit__(None, None, None)
+            finally:
+                await self._end_all()
+            raise SandboxError(
+                f"the sandbox at {self.location} was left while the one at {inner.location} inside it "
+                "was in use, which ended with it. Leave the inner one first."
+            )
         left = [each for each in self.lifespan.patches if each not in self._patches]
         try:
             if left:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -19,6 +19,7 @@ from lifekit import (
     SandboxBusyError,
     SandboxError,
     SandboxEscapedError,
+    SandboxUnsupportedError,
     drivers,
 )
 from lifekit._sandbox import refuse_stragglers
@@ -46,7 +47,7 @@ class TableSandbox(Sandbox):
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.before: list[int] | None = None
+        self.before: list[list[int]] = []
 
     def note(self, what: str) -> None:
         """Log a step, and fail if it is meant to."""
@@ -56,7 +57,7 @@ class TableSandbox(Sandbox):
 
     async def begin(self) -> None:
         """Keep what is there."""
-        self.before = list(self.table.rows)
+        self.before.append(list(self.table.rows))
         self.note("begin")
 
     async def end(self) -> None:
@@ -64,8 +65,7 @@ class TableSandbox(Sandbox):
         if self.table.hangs:
             await anyio.sleep_forever()
         await anyio.lowlevel.checkpoint()
-        assert self.before is not None
-        self.table.rows = self.before
+        self.table.rows = self.before.pop()
         self.note("end")
 
     async def close(self) -> None:
@@ -164,14 +164,94 @@ async def test_sandboxing_knows_the_lifespans_that_run_in_it(shop: Shop) -> None
         assert opened.lifespans == []
 
 
-async def test_one_block_at_a_time(shop: Shop) -> None:
+async def test_blocks_nest_and_the_inner_one_undoes_its_own_and_no_more(shop: Shop) -> None:
+    def make(users: Table) -> Table:
+        return Table("other", shop.log)
+
     with sandboxing():
-        async with shop.registry.lifespan() as lifespan, lifespan.sandbox():
+        async with lifespan_with_inner(shop) as lifespan:
+            outer = lifespan.block
+            lifespan[shop.users].rows.append(1)
+            async with lifespan.override(shop.orders, factory=make):
+                for _ in range(2):
+                    async with lifespan.sandbox() as inner:
+                        assert lifespan.block is inner
+                        lifespan[shop.users].rows.append(2)
+                        lifespan[shop.orders].rows.append(2)
+                        taken(shop.log)
+                    assert taken(shop.log) == ["end other", "end orders", "end users"]
+                    assert lifespan[shop.orders].rows == []
+                assert lifespan[shop.users].rows == [1]
+            assert taken(shop.log) == ["end other", "give up other", "close other"]
+            assert lifespan.block is outer
+        assert lifespan.block is None
+
+
+async def test_two_blocks_at_once_are_refused_also_in_an_outer_one(shop: Shop) -> None:
+    """They are those of tests at once, for neither was entered inside the other."""
+    inside, over = anyio.Event(), anyio.Event()
+
+    async def other(lifespan: Lifespan) -> None:
+        async with lifespan.sandbox():
+            inside.set()
+            await over.wait()
+
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan, anyio.create_task_group() as tasks:
+            tasks.start_soon(other, lifespan)
+            await inside.wait()
+            for _ in range(2):
+                with pytest.raises(SandboxBusyError, match=r"was not entered by code that was started"):
+                    async with lifespan.sandbox():
+                        pytest.fail("it began")
+            over.set()
+        async with lifespan_with_inner(shop) as lifespan, anyio.create_task_group() as tasks:
+            inside, over = anyio.Event(), anyio.Event()
+            tasks.start_soon(other, lifespan)
+            await inside.wait()
             with pytest.raises(SandboxBusyError, match=r"in the sandbox at tests/test_sandbox\.py:\d+"):
                 async with lifespan.sandbox():
                     pytest.fail("it began")
+            over.set()
+
+
+@asynccontextmanager
+async def lifespan_with_inner(shop: Shop) -> AsyncGenerator[Lifespan]:
+    """Run a lifespan, in a block."""
+    async with shop.registry.lifespan() as lifespan, lifespan.sandbox():
+        yield lifespan
+
+
+async def test_an_outer_block_that_is_left_first_ends_the_inner_one_and_says_so(shop: Shop) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
             lifespan[shop.users].rows.append(1)
-        assert lifespan.block is None
+            outer, inner = lifespan.sandbox(), lifespan.sandbox()
+            await outer.__aenter__()
+            lifespan[shop.users].rows.append(2)
+            await inner.__aenter__()
+            lifespan[shop.users].rows.append(3)
+            with pytest.raises(
+                SandboxError, match=r"was left while the one at .* inside it was in use"
+            ):
+                await outer.__aexit__(None, None, None)
+            assert lifespan[shop.users].rows == [1]
+            await inner.__aexit__(None, None, None)
+            async with lifespan.sandbox():
+                pass
+
+
+async def test_a_value_whose_sandbox_does_not_nest_is_refused_by_name(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TableSandbox, "nests", False)
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan, lifespan.sandbox():
+            taken(shop.log)
+            with pytest.raises(SandboxUnsupportedError, match="the sandbox of users undoes one block"):
+                async with lifespan.sandbox():
+                    pytest.fail("it began")
+            assert taken(shop.log) == []
 
 
 @pytest.mark.parametrize("died", [AssertionError("assert"), KeyboardInterrupt(), SystemExit(1)])

@@ -24,10 +24,13 @@ T = TypeVar("T")
 class Sandbox:
     """What undoes all that one test did to one value: override it, and return it from a driver.
 
-    One block at a time: ``begin``, the test, ``end``. After a ``begin``, even one that failed, ``end``
+    One block: ``begin``, the test, ``end``. After a ``begin``, even one that failed, ``end``
     is called once; it is not cancelled. What is slow belongs into the first ``begin``, and is kept
-    until ``close``.
+    until ``close``. Blocks nest: ``begin`` may come again before ``end``, which undoes the inner one.
     """
+
+    nests: bool = True
+    """False where it can't: a block inside another one is refused then."""
 
     async def begin(self) -> None:
         """Let nothing that is done to the value from now on last."""

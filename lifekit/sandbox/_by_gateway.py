@@ -9,7 +9,8 @@ from weakref import ref
 
 from anyio.lowlevel import checkpoint
 
-from lifekit._errors import SandboxEscapedError, SandboxUnsupportedError
+from lifekit._errors import SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
+from lifekit._sandbox import Block, current_block
 from lifekit.drivers import Sandbox, Tls
 
 from ._postgres.gateway import PORT, Gateway, Server
@@ -28,7 +29,7 @@ class PostgresSandbox(Sandbox):
 
     def __init__(self) -> None:
         self._gateway: Gateway | None = None
-        self._is_open = False
+        self._begun: list[bool] = []  # for each block: whether the gateway knows of it
         self._pools: list[PoolSandbox[Any]] = []
 
     # -- what drivers point their values at ------------------------------------------------------------
@@ -39,8 +40,9 @@ class PostgresSandbox(Sandbox):
         if self._gateway is None:
             self._gateway = Gateway(Place())
             self._gateway.explains = self._explain
-            if self._is_open:
+            for _ in self._begun:
                 self._gateway.hub.begin()
+            self._begun = [True] * len(self._begun)
         return self._gateway
 
     def socket(self, host: str, port: int, *, tls: Tls | None = None) -> tuple[str, int]:
@@ -108,9 +110,21 @@ class PostgresSandbox(Sandbox):
     # -- blocks ----------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
-        """Let nothing last from now on."""
-        self._is_open = True
-        if self._gateway is not None and await self._gateway.begin():
+        """Let nothing last from now on.
+
+        Raises:
+            SandboxBusyError: It is to be inside of a block in which a transaction is open.
+            SandboxEscapedError: Or one of which something is lost.
+        """
+        self._begun.append(self._gateway is not None)
+        if self._gateway is None:
+            return
+        begun = await self._gateway.begin()
+        if begun.lost:
+            raise SandboxEscapedError(_LOST.format(begun.lost))
+        if begun.busy is not None:
+            raise SandboxBusyError(_AMID.format(begun.busy))
+        if begun.has_closed:
             await checkpoint()  # then clients have heard of it
 
     async def end(self) -> None:
@@ -119,11 +133,10 @@ class PostgresSandbox(Sandbox):
         Raises:
             SandboxEscapedError: Something ended the real transaction.
         """
-        self._is_open = False
-        if self._gateway is None:
+        if not self._begun.pop() or self._gateway is None:
             return
         wrong = await self._gateway.end()
-        if self._gateway.hub.schema_changed:
+        if self._gateway.hub.schema_undone:
             for pool in self._pools:
                 await pool.driver.forget_schema(pool.value)
         if wrong:
@@ -131,14 +144,14 @@ class PostgresSandbox(Sandbox):
 
     def end_at_once(self) -> bool:
         """Do so where nothing is under way, and no client has to forget a schema."""
-        if self._gateway is not None:
+        wrong: list[str] | None = []
+        if self._begun[-1] and self._gateway is not None:
             wrong = self._gateway.end_at_once()
             if wrong is None:
                 return False
-            self._is_open = False
-            if wrong:
-                raise SandboxEscapedError("\n".join(wrong))
-        self._is_open = False
+        self._begun.pop()
+        if wrong:
+            raise SandboxEscapedError("\n".join(wrong))
         return True
 
     def finish(self) -> None:
@@ -147,13 +160,24 @@ class PostgresSandbox(Sandbox):
             self._gateway.close()
 
 
+_AMID = (
+    "a sandbox can't begin inside another one while a transaction of the outer one is open: its end "
+    "would undo a part of that.{0}\nCommit it, and give the connection back, before the inner sandbox "
+    "begins."
+)
+_LOST = (
+    "a sandbox can't begin inside another one that has lost its connection to PostgreSQL, and with it "
+    "what was done there: {0}\nLeave the outer one, and begin it anew."
+)
+
+
 class PoolSandbox(Sandbox, Generic[T]):
     """What sees to it that a test gives back what it took from one value."""
 
     def __init__(self, postgres: PostgresSandbox, driver: Pooled[T], value: T) -> None:
         self.driver, self.value = driver, value
         self._postgres = postgres
-        self._before: list[Any] = []
+        self._begun: list[tuple[Block | None, list[Any]]] = []  # and what was out then
 
     async def begin(self) -> None:
         """Note what is out already: it is in the block with what it does next.
@@ -161,7 +185,8 @@ class PoolSandbox(Sandbox, Generic[T]):
         Raises:
             SandboxEscapedError: It is not, for the factory had taken it before lifekit had the value.
         """
-        self._before = [ref(each) for each in self.driver.out(self.value)]
+        out = [ref(each) for each in self.driver.out(self.value)]
+        self._begun.append((current_block.get(), out))
         for each in self.driver.out(self.value):
             if not self._postgres.knows(self.driver.number(each)):
                 checkout = self.driver.checkouts.of(each)
@@ -177,9 +202,10 @@ class PoolSandbox(Sandbox, Generic[T]):
         Raises:
             SandboxEscapedError: There is something.
         """
-        if strays := list(self._strays()):
-            await _lets_go(lambda: not list(self._strays()))
-            strays = list(self._strays())
+        block, before = self._begun.pop()
+        if strays := list(self._strays(block, before)):
+            await _lets_go(lambda: not list(self._strays(block, before)))
+            strays = list(self._strays(block, before))
         if not strays:
             return
         told = self._escaped(strays)
@@ -192,16 +218,19 @@ class PoolSandbox(Sandbox, Generic[T]):
 
     def end_at_once(self) -> bool:
         """Do so where there is nothing."""
-        return next(self._strays(), None) is None
+        if next(self._strays(*self._begun[-1]), None) is not None:
+            return False
+        self._begun.pop()
+        return True
 
-    def _strays(self) -> Iterator[Any]:
-        before = {id(each) for known in self._before if (each := known()) is not None}
+    def _strays(self, block: Block | None, before: list[Any]) -> Iterator[Any]:
+        known = {id(each) for known in before if (each := known()) is not None}
         for each in self.driver.out(self.value):
-            if id(each) in before:
+            if id(each) in known:
                 continue
             checkout = self.driver.checkouts.of(each)
             # What was begun outside, the application's own loop, is waited for where it works.
-            if checkout is None or checkout.block is not None:
+            if checkout is None or block is None or not block.is_outside(checkout.block):
                 yield each
 
     def _escaped(self, strays: Iterable[Any]) -> SandboxEscapedError:

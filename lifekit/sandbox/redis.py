@@ -40,6 +40,8 @@ class _Connections(NamedTuple):
 class RedisSandbox(Sandbox):
     """The sandbox of one client of one server."""
 
+    nests = False
+
     def __init__(self, client: Any, described: str) -> None:
         self.active: bool = False
         self.lease: Lease | None = None
@@ -325,6 +327,8 @@ class ClusterSandbox(Sandbox):
 
 class FakeSandbox(Sandbox):
     """The sandbox of a client of fakeredis: each block has a server of its own."""
+
+    nests = False
 
     def __init__(self, client: Any) -> None:
         self._client = client

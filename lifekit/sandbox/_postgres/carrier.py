@@ -88,6 +88,7 @@ class Carrier:
         self._is_read_only = False  # the session's savepoint
         # What it has set for itself, and committed.
         self._settings: dict[str, str | None] = dict(conversation.client.settings)
+        self._marks: dict[int, dict[str, str | None]] = {}  # those, as each block inside began
         self._locals: dict[str, str | None] = {}  # as they were before the transaction set them
         self._sets: set[str] = set()  # what the transaction has set for the session
         self._has_cursors = False  # which a commit closes
@@ -126,6 +127,16 @@ class Carrier:
         self.has_savepoint = False
         transaction = self.transaction
         return Savepoint.FAILED if transaction.wrote or transaction.failed else Savepoint.CLEAN
+
+    def mark(self, depth: int) -> None:
+        """Note what it has set, for a block begins inside of the one that it is in."""
+        self._marks[depth] = dict(self._settings)
+
+    def back(self, depth: int) -> None:
+        """Have set what it had before the block inside of *depth*, or what its client has."""
+        before = self._marks.pop(depth + 1, None)
+        self._settings = dict(self.conversation.client.settings) if before is None else before
+        self._set_defaults()
 
     def rests(self) -> None:
         """Give the session back, for a Sync or a Query is over."""

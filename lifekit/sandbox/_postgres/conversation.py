@@ -20,11 +20,11 @@ from lifekit.sandbox._sql import Statement, Verb, read
 
 from . import messages, names
 from .carrier import Batch, Carrier, ServerFailed, Steps
-from .control import Failure, Local, answer, control_of, is_local
+from .control import UNSUPPORTED, Failure, Local, answer, control_of, is_local
 from .messages import READY, SYNC, Backend, Bind, Frontend, Parse, complete
 from .real import Exchange
-from .refusals import ACTIVE_TRANSACTION, CYCLE, IDLE, LOCK_NOT_AVAILABLE, WAY_OUT, hinted
-from .session import Savepoint, Session
+from .refusals import ACTIVE_TRANSACTION, CYCLE, IDLE, LOCK_NOT_AVAILABLE, OTHER_ROWS, WAY_OUT, hinted
+from .session import CANCELED, Savepoint, Session
 
 if TYPE_CHECKING:
     from .virtual import VirtualConnection  # whose conversation it is
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 NO_STATEMENT = "26000"
 NO_PORTAL = "34000"
 DUPLICATE_STATEMENT = "42P05"
-CANCELED = "57014"
-UNSUPPORTED = "0A000"
 
 _STATEMENT = ord("S")
 _ROLLBACK = Statement("ROLLBACK", Verb.ROLLBACK)
@@ -41,12 +39,9 @@ _SET = Statement("SET TRANSACTION", Verb.SET_TRANSACTION)
 _COPY = frozenset((Frontend.COPY_DATA, Frontend.COPY_DONE, Frontend.COPY_FAIL))
 _ALONE = frozenset((Frontend.QUERY, Frontend.FUNCTION_CALL))
 """What no Sync follows."""
-
-
 _RESET = b"SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;"
 """What asyncpg's pool says of each connection that comes back, as of asyncpg 0.32."""
 _RESET_DONE = b"".join(map(complete, ("SELECT 1", "CLOSE CURSOR ALL", "UNLISTEN", "RESET")))
-_OTHER_ROWS = "cached plan must not change result type"
 
 
 class Conversation:
@@ -61,8 +56,7 @@ class Conversation:
         self._portals: dict[bytes, bytes | Local] = {}
         self._bound: dict[bytes, str] = {}  # the texts of portals
         self._copies: Exchange | None = None
-        self._names: set[bytes] = set()  # of what SQL prepared, as the session has them
-        self._forgotten: dict[bytes, Parse] = {}  # by a DEALLOCATE ALL, which the block undoes
+        self._sql = names.PreparedBySql()
         self._is_between = True  # the client may stop here
         self._runs = self._called = False
         self._hurries = False  # something of it goes the short way
@@ -86,6 +80,11 @@ class Conversation:
         """Whether nothing is under way, no transaction either."""
         return self._is_between and not (self._inbox or self.transaction.is_open)
 
+    @property
+    def may_move(self) -> bool:
+        """Whether it may be in another block with what it says next, and nobody can tell."""
+        return self.is_over or (self.rests and self.transaction.parks)
+
     def parks(self) -> bool:
         """Return whether another client may have the session for now."""
         return self.rests and self.transaction.is_open and self.transaction.parks
@@ -94,12 +93,22 @@ class Conversation:
         """Leave the savepoint to another; return how that stands, None where it was not used."""
         return self.carrier.park()
 
+    def mark(self) -> None:
+        """Note how it stands, for a block begins inside of the one that it is in."""
+        self._sql.mark(self.client.hub.depth)
+        self.carrier.mark(self.client.hub.depth)
+
+    def back(self) -> None:
+        """Stand as before a block that ends inside of another one."""
+        self.carrier.back(self.client.hub.depth)
+        closed, again = self._sql.back(self.client.hub.depth)
+        self.session.garbage += closed
+        self.client.prepared = again | self.client.prepared
+
     def over(self) -> None:
         """End, with the block."""
         self._steps.close()
-        self._drop_names()
-        for name, prepared in self._forgotten.items():
-            self.client.prepared.setdefault(name, prepared)
+        self.back()
         self.session.leave(self)
 
     def gone(self) -> None:
@@ -116,12 +125,9 @@ class Conversation:
         self._steps.close()
         self.session.garbage += [messages.close(b"S", name) for name in self.client.known.values()]
         self.client.known.clear()
-        self._drop_names()
+        self.session.garbage += self._sql.close_all()
         self.carrier.abandon()
-
-    def _drop_names(self) -> None:
-        self.session.garbage += [messages.close(b"S", name) for name in self._names]
-        self._names.clear()
+        self.client.hub.rests_in_block()
 
     def resume(self) -> None:
         """Go on, as far as that is possible now."""
@@ -388,14 +394,14 @@ class Conversation:
         # prepared anew is another statement, and would not know.
         known, session = self.client.known, self.session
         expected = self.client.descriptions.get(name)
-        if expected is None or name in known or not session.schema_changed:
+        if expected is None or name in known or not session.may_differ:
             return
         yield from self._flush()
         prepared = self.client.prepared[name]
         again = self._encoded(prepared)
         found = yield from self.carrier.description(again, known[name])
         if found != expected:
-            raise Failure(UNSUPPORTED, _OTHER_ROWS, source="RevalidateCachedQuery")
+            raise Failure(UNSUPPORTED, OTHER_ROWS, source="RevalidateCachedQuery")
 
     def _is_local(self, control: Local) -> bool:
         return isinstance(control, names.Forgets) or is_local(control, self.transaction)
@@ -512,7 +518,7 @@ class Conversation:
     def _renamed(self, text: str) -> str:
         text, prepared = names.renamed(text, f"lifekit_{self.client.number}_")
         if prepared is not None:
-            self._names.add(prepared.encode("utf-8", "surrogateescape"))
+            self._sql.known.add(prepared.encode("utf-8", "surrogateescape"))
         return text
 
     def _forget(self, tag: str) -> Steps:
@@ -521,13 +527,11 @@ class Conversation:
             yield from self._control(_SET)  # which says so
         if tag == "DISCARD ALL" and self.transaction.is_open:
             raise Failure(ACTIVE_TRANSACTION, "DISCARD ALL cannot run inside a transaction block")
-        self.session.garbage += [
-            messages.close(b"S", name) for name in (*self.client.known.values(), *self._names)
-        ]
+        self.session.garbage += [messages.close(b"S", name) for name in self.client.known.values()]
+        self.session.garbage += self._sql.close_all()
         self.client.known.clear()
-        self._forgotten.update(self.client.prepared)
+        self._sql.forgotten.update(self.client.prepared)
         self.client.prepared.clear()
-        self._names.clear()
         if tag == "DISCARD ALL":
             self.carrier.reset()
         self.client.send(messages.complete(tag))

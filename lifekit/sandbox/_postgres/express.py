@@ -58,7 +58,7 @@ def takes(conversation: Conversation, data: bytes, found: list[tuple[int, int, i
     name = data[bind + 6 : name_ends]
     client = conversation.client
     prepared, known = client.prepared.get(name), client.known.get(name)
-    if prepared is None or known is None or conversation.session.schema_changed:
+    if prepared is None or known is None or conversation.session.may_differ:
         return False
     reads = _usual(prepared.text)
     if not isinstance(reads, bool) or not conversation.carrier.goes_at_once(only_reads=reads):

@@ -16,7 +16,7 @@ from typing import Any, Final
 from lifekit.drivers import Tls
 
 from . import messages
-from .hub import Hub
+from .hub import Begun, Hub
 from .messages import ProtocolError, Startup
 from .place import Listener, Place, Wire, reach
 from .real import Relay
@@ -228,17 +228,17 @@ class Gateway:
 
     # -- blocks --------------------------------------------------------------------------------------
 
-    async def begin(self) -> bool:
-        """Begin a block; return whether connections have been lost since the last one."""
+    async def begin(self) -> Begun:
+        """Begin a block, or one inside of it; return whether that could be done."""
         return await self.place.run(self._begin)
 
-    def _begin(self, done: Callable[[bool], None]) -> None:
+    def _begin(self, done: Callable[[Begun], None]) -> None:
         clients = len(self.hub.clients)
         for upstream in list(self._upstreams.values()):
             upstream.wire.read()
         self._read_all()  # what was sent before belongs before
-        self.hub.begin()
-        done(len(self.hub.clients) < clients)
+        has_closed = len(self.hub.clients) < clients
+        self.hub.begin(lambda begun: done(begun._replace(has_closed=has_closed)))
 
     async def end(self) -> list[str]:
         """Undo what was done in the block; return what went wrong."""
@@ -249,7 +249,7 @@ class Gateway:
         if not self.place.is_here:
             return None
         self._read_all()
-        if self.hub.is_busy or self.hub.schema_changed:
+        if not self.hub.can_end or self.hub.schema_changed:
             return None
         wrong: list[list[str]] = []
         self.hub.end(wrong.append)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from secrets import compare_digest, token_bytes
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from . import messages, session
 from .conversation import Conversation
@@ -22,6 +23,8 @@ _LEFT_OPEN = (
 )
 UNSUPPORTED = "0A000"
 UNREACHABLE = "08006"
+_UNTIL_CANCELLED = 2.0
+"""Seconds until what was cancelled has surely ended."""
 TOO_LATE = "57P01"
 
 
@@ -46,25 +49,43 @@ class Outside(Protocol):
         ...
 
 
+class Begun(NamedTuple):
+    """How the beginning of a block went."""
+
+    busy: str | None = None
+    """Who was in the midst of something, so that it did not begin."""
+    lost: str | None = None
+    """Why the block around it is lost, so that it did not begin."""
+    has_closed: bool = False
+    """Whether connections have been lost since the last one."""
+
+
 class Hub:
     """The clients, and the sessions that they share: one for each server, database and user."""
 
     def __init__(self, outside: Outside) -> None:
         self._outside = outside
         self.clients: dict[int, VirtualConnection] = {}
-        self.is_open = False
-        """Whether there is a block."""
+        self.depth = 0
+        """How many blocks there are, each inside the one before."""
         self.unsent: list[VirtualConnection] = []
         """The clients that are to be sent something."""
         self._sessions: dict[Belongs, Session] = {}
         self._lenders: dict[Session, Relay] = {}
         self._orphans: set[Relay] = set()  # whose clients have gone while they were lent
         self._numbers = 0
+        self._at_rest: Callable[[], None] | None = None
+        """What is done as soon as nothing is under way: a block begins inside another one, or ends."""
         self._ended: Callable[[list[str]], None] | None = None
+        self._lost: tuple[int, str] | None = None  # of which block the work is lost, and why
+        self._is_refused = False  # the block that was to begin: its end has nothing to undo
+        self._waiting: deque[Callable[[], None]] = deque()  # for the end that is under way
         self._overdue: Timer | None = None  # what ends the wait for those that are busy
         self._wrong: list[str] = []  # of those that are undone
         self.has_listeners = False
         """Whether a client has said LISTEN outside of blocks."""
+        self.schema_undone = False
+        """Whether the last block that ended had changed a schema."""
 
     def _later(self, seconds: float, call: Callable[[], None]) -> Timer:
         def ring() -> None:
@@ -81,9 +102,14 @@ class Hub:
                 client.flush()
 
     @property
-    def is_ending(self) -> bool:
-        """Whether a block is being undone."""
-        return self._ended is not None
+    def is_open(self) -> bool:
+        """Whether there is a block."""
+        return self.depth > 0
+
+    @property
+    def is_turning(self) -> bool:
+        """Whether a block is about to begin inside another one, or to end."""
+        return self._at_rest is not None
 
     @property
     def schema_changed(self) -> bool:
@@ -91,13 +117,22 @@ class Hub:
         return any(each.schema_changed for each in self._sessions.values())
 
     @property
-    def is_busy(self) -> bool:
-        """Whether somebody in the block is in the midst of something."""
-        for client in self.clients.values():
-            conversation = client.conversation
-            if client.is_asking or (conversation is not None and not conversation.is_over):
-                return True
-        return any(each.is_busy for each in self._sessions.values())
+    def can_end(self) -> bool:
+        """Whether nothing is under way that the end of the innermost block has to wait for."""
+        return not (self.is_turning or self._is_refused) and self._all_rest(self.depth - 1)
+
+    def _all_rest(self, depth: int) -> bool:
+        if any(not self._rests(client, depth) for client in self.clients.values()):
+            return False
+        return not any(each.is_busy for each in self._sessions.values())
+
+    @staticmethod
+    def _rests(client: VirtualConnection, depth: int) -> bool:
+        # So that there may be so many blocks, whatever it says next.
+        said = client.conversation
+        if client.is_asking or said is None:
+            return not client.is_asking
+        return said.may_move if depth else said.is_over
 
     # -- clients -----------------------------------------------------------------------------------
 
@@ -136,13 +171,24 @@ class Hub:
         relay.is_lost = True
         for each, lender in list(self._lenders.items()):
             if lender is relay:
-                self._drop(each)
-                for other in list(self.clients.values()):
-                    if other.conversation is not None and other.conversation.session is each:
-                        other.close()
+                self._lose(each, "the server closed it")
+                for other in self._clients_of(each):
+                    other.close()
                 self._give_back(relay, broken=False)  # the server has undone it
         client.close()
-        self._go_on_ending()
+        self._go_on()
+
+    def _lose(self, lost: Session, why: str) -> None:
+        self._drop(lost)
+        if lost.used_since is not None and self._lost is None and lost.is_open:
+            self._lost = lost.used_since, why
+
+    def _clients_of(self, shared: Session) -> list[VirtualConnection]:
+        return [
+            each
+            for each in self.clients.values()
+            if each.conversation is not None and each.conversation.session is shared
+        ]
 
     def gone(self, client: VirtualConnection) -> None:
         """Take note that a client has closed its connection."""
@@ -201,7 +247,7 @@ class Hub:
 
         def arrived() -> None:
             shared.cancel_ended()
-            self._go_on_ending()
+            self._go_on()
             self.flush()
 
         shared.cancel_begins()
@@ -209,13 +255,20 @@ class Hub:
 
     # -- blocks --------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, begun: Callable[[Begun], None] = lambda _: None) -> None:
         """Begin a block: clients that are idle are in it with the next thing that they say.
 
-        What a session is still to undo of the block before goes ahead on the same connection.
+        What a session is still to undo of the block before goes ahead on the same connection. Inside
+        of another block it begins when nothing is under way, and *begun* is called then. It has to be
+        ended even if it did not begin.
         """
-        assert not self.is_open
-        self.is_open = True
+        if self._ended is not None:
+            self._waiting.append(partial(self.begin, begun))
+            return
+        if self.depth:
+            self._begin_inside(begun)
+            return
+        self.depth = 1
         waiting = {client.relay for client in self.clients.values() if client.waits}
         for each in list(self._sessions.values()):
             lender = self._lenders[each]
@@ -223,11 +276,57 @@ class Hub:
                 self._lend(each)
             else:  # its client is in the midst of something, which stays outside
                 self._drop(each)
+        begun(Begun())
+
+    def _begin_inside(self, begun: Callable[[Begun], None]) -> None:
+        def begin() -> None:
+            self.depth += 1
+            for each in self._sessions.values():
+                each.begin_inside()
+            for client in self.clients.values():
+                if client.conversation is not None:
+                    client.conversation.mark()
+            self._turned()
+            begun(Begun())
+
+        def refuse() -> None:
+            found = [each for each in self.clients.values() if not self._rests(each, self.depth)]
+            who = self._outside.explain(0, found[0].number)[0] if found else ""
+            self._is_refused = True
+            self._turned()
+            begun(Begun(busy=f" {who}".rstrip()))
+
+        for each in list(self._sessions.values()):
+            if each.escape is not None:
+                self._cut(each)
+        if self._lost is not None:
+            self._is_refused = True
+            begun(Begun(lost=self._lost[1]))
+            return
+        self._wait_for_rest(begin, refuse)
+
+    def _wait_for_rest(self, then: Callable[[], None], late: Callable[[], None]) -> None:
+        self._at_rest = then
+        self._go_on()
+        if self._at_rest is not None:
+            self._overdue = self._later(session.PATIENCE, late)
+        self.flush()
+
+    def _turned(self) -> None:
+        self._at_rest = None
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+        if self.depth:
+            for client in list(self.clients.values()):
+                client.released()
 
     def _lend(self, shared: Session) -> None:
         lender = self._lenders[shared]
         lender.lent = shared.real
         shared.begin(lender.sets)
+        for _ in range(1, self.depth):
+            shared.begin_inside()
 
     def schema_changes(self) -> None:
         """Take note that a client changes it outside of blocks."""
@@ -255,34 +354,49 @@ class Hub:
         What is under way is waited for, though not forever: it belongs to the block. The answer to
         ROLLBACK is not: without it nothing lasts, and no client is served outside before it has come.
         """
-        self.is_open = False
-        self._ended = ended
-        self._go_on_ending()
         if self._ended is not None:
-            self._overdue = self._later(session.PATIENCE, self._end_the_rest)
-        self.flush()
+            self._waiting.append(partial(self.end, ended))
+            return
+        if self._is_refused or self.is_turning:  # it did not begin, or has not yet
+            self._is_refused = self.schema_undone = False
+            self._turned()
+            ended([])
+            return
+        self.depth -= 1
+        self._ended = ended
+        self._wait_for_rest(self._undo, self._end_the_rest)
 
     def rests_in_block(self) -> None:
         """Take note that a client has come to the end of what it was at."""
-        if self._ended is not None:
-            self._later(0, self._go_on_ending)
+        if self._at_rest is not None:
+            self._later(0, self._go_on)
 
-    def _go_on_ending(self) -> None:
-        if self._ended is None:
+    def _go_on(self) -> None:
+        if self._at_rest is None:
             return
-        for client in list(self.clients.values()):
-            if client.conversation is not None and client.conversation.is_over:
-                client.leave()
-        if not self.is_busy:
-            self._undo()
+        if not self.depth:
+            for client in list(self.clients.values()):
+                if client.conversation is not None and client.conversation.is_over:
+                    client.leave()
+        if self._all_rest(self.depth):
+            self._at_rest()
 
     def _end_the_rest(self) -> None:
         for client in list(self.clients.values()):
-            if client.conversation is not None:
+            if client.conversation is not None and not self._rests(client, self.depth):
                 who, _ = self._outside.explain(0, client.number)
                 self._wrong.append(f"{_LEFT_OPEN} {who}".strip())
                 self.cut_off(client)
-                client.leave()
+                if not self.depth:
+                    client.leave()
+        if self.depth and self._at_rest is not None:
+            # What they did is cancelled: that takes a moment, and the outer block is to stay.
+            self._overdue = self._later(_UNTIL_CANCELLED, self._cut_the_rest)
+            self._go_on()
+        elif not self.depth:
+            self._cut_the_rest()
+
+    def _cut_the_rest(self) -> None:
         for each in list(self._sessions.values()):
             if each.is_busy and each.is_open:
                 # What does not end is not trusted any more.
@@ -296,28 +410,47 @@ class Hub:
         client.close()
 
     def _undo(self) -> None:
-        if self._overdue is not None:
-            self._overdue.cancel()
-            self._overdue = None
+        self.schema_undone = self.schema_changed
         for each in [each for each in self._sessions.values() if each.is_open]:
             if each.escape is not None:
                 self._wrong.append(each.escape)
-            each.end(partial(self._undone, each, self._lenders[each]))
+            if not self.depth:
+                each.end(partial(self._undone, each, self._lenders[each]))
+            elif each.escape is not None:
+                self._cut(each)
+            else:
+                each.end_inside(partial(self._undone_inside, each))
+                for client in self._clients_of(each):
+                    client.back()
+        if self._lost is not None and self._lost[0] > self.depth:
+            self._lost = None  # it would be undone by now
         ended, self._ended = self._ended, None
         wrong, self._wrong = self._wrong, []
+        self._turned()
         assert ended is not None
         ended(wrong)
+        if self._waiting:
+            self._waiting.popleft()()
 
     def _undone(self, each: Session, relay: Relay, problem: str | None) -> None:
         if not each.is_open:
             self._give_back(relay, broken=problem is not None)
-        elif problem is not None:  # the next block has it already
+        else:  # the next block has it already
+            self._undone_inside(each, problem)
+
+    @staticmethod
+    def _undone_inside(each: Session, problem: str | None) -> None:
+        if problem is not None:
             each.escape = problem
 
     def _cut(self, each: Session) -> None:
         relay = self._lenders[each]
-        self._drop(each)
+        self._lose(each, each.escape or "what was under way there did not end")
+        relay.lent = None
         relay.close()
+        for client in list(self.clients.values()):
+            if client.relay is relay or client in self._clients_of(each):
+                self.cut_off(client)
 
     def _give_back(self, relay: Relay, *, broken: bool) -> None:
         relay.lent = None

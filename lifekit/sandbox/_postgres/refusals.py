@@ -9,6 +9,7 @@ ACTIVE_TRANSACTION = "25001"
 LOCK_NOT_AVAILABLE = "55P03"
 
 IDLE = "lifekit's sandbox: another connection has a transaction open, and does nothing in it"
+OTHER_ROWS = "cached plan must not change result type"
 CYCLE = "lifekit's sandbox: this waits for another connection's transaction, and that for this"
 WAY_OUT = (
     "In production these are two connections, and the second does not see what the first has not "

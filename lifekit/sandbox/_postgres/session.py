@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count, takewhile
 from secrets import token_hex
 from typing import TYPE_CHECKING, Protocol
 
+from .advisory import LOCKS, unlock_all_but
 from .messages import BIND_COMPLETE, SYNC, Parse, complete, error_fields, query, run_prepared
 from .real import Client, Exchange, RealConnection
 from .settings import LIMITS, setting
@@ -47,6 +49,8 @@ class Savepoint(Enum):
     CLEAN = auto()  # nothing
     DONE = auto()  # to release it and set it anew: what was done since stays
     FAILED = auto()  # to roll back to it
+    NESTED = auto()  # to set that of the block which has begun inside another one
+    NESTED_BROKEN = auto()  # to do so anew, for that was cancelled
 
 
 _TO_CLEAN = {
@@ -60,16 +64,23 @@ _TO_CLEAN = {
     (Savepoint.CLEAN, True): ("release", "settings", "set"),
     (Savepoint.DONE, True): ("release", "settings", "set"),
     (Savepoint.FAILED, True): ("undo", "release", "settings", "set"),
+    (Savepoint.NESTED, False): ("block", "set"),
+    (Savepoint.NESTED, True): ("block", "settings", "set"),
+    (Savepoint.NESTED_BROKEN, False): ("undo", "block", "set"),
+    (Savepoint.NESTED_BROKEN, True): ("undo", "block", "settings", "set"),
 }
 _IF_CANCELLED = {
     Savepoint.MISSING: Savepoint.BROKEN,
     Savepoint.BROKEN: Savepoint.BROKEN,
     Savepoint.FAILED: Savepoint.FAILED,
+    Savepoint.NESTED: Savepoint.NESTED_BROKEN,
+    Savepoint.NESTED_BROKEN: Savepoint.NESTED_BROKEN,
 }
 """How the savepoint stands if what sets it is cancelled. Where it was released, all is lost."""
 _ANSWERS = {
     "begin": "BEGIN",
     "limit": "SET",
+    "block": "SAVEPOINT",
     "set": "SAVEPOINT",
     "release": "RELEASE",
     "undo": "ROLLBACK",
@@ -95,6 +106,7 @@ _ARE_DEFAULT = """SELECT bool_and(setting = '0') FROM pg_catalog.pg_settings
 WHERE name IN ('lock_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout',
     'transaction_timeout')"""
 """Whether all of those are off, so that one of them is all that has to be set."""
+_NEWEST = b"SELECT max(oid) FROM pg_catalog.pg_constraint"
 _UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
     (SELECT max(oid) FROM pg_catalog.pg_constraint)"""
 """And tell the newest constraint, by which a change of the schema from elsewhere shows."""
@@ -112,14 +124,58 @@ FROM (SELECT format('%I.%I', nspname, conname) AS name, condeferred
 """The names of all constraints that a commit may have to check, and of those that wait for it."""
 
 
+_UNTOUCHED = frozenset((Savepoint.MISSING, Savepoint.BROKEN, Savepoint.NESTED))
+"""How the savepoint stands for a block that has not used the session."""
+
+
+@dataclass
+class _Outer:
+    """How a session stood when a block began inside another one."""
+
+    savepoint: Savepoint
+    used: bool
+    schema_changed: bool
+    applied: dict[str, str | None]
+    locks: str | None
+    """The advisory locks, which the block inside is to keep."""
+
+
+_OTHER_STATUS = "its transaction is not as it was before the block"
 _numbers = count(1)  # of all sessions: a real connection may have been that of another one
+
+
+def _texts(name: bytes) -> dict[str, bytes]:
+    # What the session prepares for itself, where that is the name of its savepoint.
+    return {
+        "rollback": b"ROLLBACK",
+        "begin": b"BEGIN",
+        "limits": _LIMITS,
+        "limit": b"SET LOCAL lock_timeout = 9999",
+        "set": b"SAVEPOINT " + name,
+        "block": b"SAVEPOINT " + name + b"_block",
+        "undo_block": b"ROLLBACK TO SAVEPOINT " + name + b"_block",
+        "release_block": b"RELEASE SAVEPOINT " + name + b"_block",
+        "release": b"RELEASE SAVEPOINT " + name,
+        "undo": b"ROLLBACK TO SAVEPOINT " + name,
+        "read_only": b"SET TRANSACTION READ ONLY",
+        "fail": b"SELECT 1/0",
+        "check": b"SAVEPOINT " + name + b"_check",
+        "uncheck": b"ROLLBACK TO SAVEPOINT " + name + b"_check",
+        "release_check": b"RELEASE SAVEPOINT " + name + b"_check",
+        "deferrable": _DEFERRABLE.encode(),
+        "discard": b"DISCARD SEQUENCES",
+        "unlock": _UNLOCK,
+        "newest": _NEWEST,
+    }
 
 
 class Session:
     """One real connection that the clients of one database share in blocks, one after the other."""
 
     def __init__(
-        self, real: RealConnection, later: Callable[[float, Callable[[], None]], Timer]
+        self,
+        real: RealConnection,
+        later: Callable[[float, Callable[[], None]], Timer],
     ) -> None:
         """*later* calls something after some seconds."""
         self.real, self._later = real, later
@@ -142,38 +198,27 @@ class Session:
         self.generation = 0
         """Of statements: those of an earlier one may mean what has been undone."""
         self.schema_changed = False
+        """Whether the innermost block has."""
         self.is_open = False
         """Whether a block has it."""
         self._used = False
+        self._outer: list[_Outer] = []  # of the blocks around the innermost one
+        self._has_differed = False  # the schema, for a block around that, or one that is undone
+        self._locks: str | None = None  # the advisory ones
+        self._locks_known = -1  # at which activity
         self._queue: deque[Conversation] = deque()
         self._timers: dict[Conversation, Timer] = {}
         self._cancelling = 0
+        self._own_exchanges = 0  # of those under way: what blocks need, which keeps nothing waiting
         self._if_cancelled: Savepoint | None = None  # of the guard that is about to be sent
         name = f"lifekit_{token_hex(8)}".encode()
-        texts = {
-            "rollback": b"ROLLBACK",
-            "begin": b"BEGIN",
-            "limits": _LIMITS,
-            "limit": b"SET LOCAL lock_timeout = 9999",
-            "set": b"SAVEPOINT " + name,
-            "release": b"RELEASE SAVEPOINT " + name,
-            "undo": b"ROLLBACK TO SAVEPOINT " + name,
-            "read_only": b"SET TRANSACTION READ ONLY",
-            "fail": b"SELECT 1/0",
-            "check": b"SAVEPOINT " + name + b"_check",
-            "uncheck": b"ROLLBACK TO SAVEPOINT " + name + b"_check",
-            "release_check": b"RELEASE SAVEPOINT " + name + b"_check",
-            "deferrable": _DEFERRABLE.encode(),
-            "discard": b"DISCARD SEQUENCES",
-            "unlock": _UNLOCK,
-        }
+        texts = _texts(name)
         self._own = {what: name + b"_" + what.encode() for what in texts}
         self._prepare = b"".join(
             Parse(self._own[what], text, b"\0\0").encode() for what, text in texts.items()
         )
         self._is_prepared = False
         self._runs = {what: run_prepared(name) for what, name in self._own.items()}
-        self._undo = b"".join(self._runs[what] for what in ("rollback", "discard", "unlock")) + SYNC
         self._are_default: bool | None = None  # the limits, as far as is known
         self._newest: str | None = None  # of the constraints
         self._usual: dict[object, tuple[bytes, int, tuple[bytes, int]]] = {}
@@ -391,8 +436,8 @@ class Session:
 
     @property
     def is_busy(self) -> bool:
-        """Whether an answer of the server is to come, or a cancellation under way."""
-        return bool(self.real.exchanges) or self._cancelling > 0
+        """Whether an answer to a client is to come, or a cancellation under way."""
+        return len(self.real.exchanges) > self._own_exchanges or self._cancelling > 0
 
     # -- cancelling ----------------------------------------------------------------------------------
 
@@ -414,6 +459,17 @@ class Session:
 
     # -- a block -----------------------------------------------------------------------------------
 
+    @property
+    def may_differ(self) -> bool:
+        """Whether what clients know of rows may not be true any more."""
+        return self.schema_changed or self._has_differed
+
+    @property
+    def used_since(self) -> int | None:
+        """Which of the blocks, counted from the outermost one, has used it first."""
+        used = [*(each.used for each in self._outer), self._used]
+        return used.index(True) + 1 if True in used else None
+
     def begin(self, sets: Collection[str]) -> None:
         """Begin a block; what that needs is sent with the first statement.
 
@@ -421,39 +477,115 @@ class Session:
         """
         self.is_open = True
         self.savepoint = Savepoint.MISSING
-        self._used = self.schema_changed = False
+        self._used = self.schema_changed = self._has_differed = False
+        self._locks, self._locks_known = None, -1
         if self._are_default is None or not LIMITS.isdisjoint(sets):
             self._learn_limits()
         self.base.clear()
         self.applied.clear()
 
+    def begin_inside(self) -> None:
+        """Begin a block inside the one that there is, where nothing is under way."""
+        self._park_holder()
+        outer = _Outer(self.savepoint, self._used, self.schema_changed, dict(self.applied), self._locks)
+        if self.savepoint not in _UNTOUCHED and self.activity != self._locks_known:
+            self._learn_locks(outer)
+        self._outer.append(outer)
+        self._has_differed |= self.schema_changed
+        self._used = self.schema_changed = False
+        if self.savepoint is Savepoint.CLEAN:
+            self.savepoint = Savepoint.NESTED
+
+    def _learn_locks(self, outer: _Outer) -> None:
+        def learned(exchange: Exchange) -> None:
+            self._own_exchanges -= 1
+            self._locks = outer.locks = exchange.rows[0][0] if exchange.rows else None
+            self._locks_known = self.activity
+
+        self.unnamed = None
+        guard, answers = self.guard(self.applied, read_only=False)
+        outer.savepoint = self.savepoint = Savepoint.CLEAN
+        self._own_exchanges += 1
+        self.send(None, learned, guard + query(LOCKS.encode()), answers, simple=True)
+
     def _learn_limits(self) -> None:
         # The answer comes before that of any statement, and is late for the first block only.
         def learned(exchange: Exchange) -> None:
+            self._own_exchanges -= 1
             self._are_default = exchange.rows == [["t"]]
 
         self._are_default = False
+        self._own_exchanges += 1
         self.real.begin(Exchange(None, learned, simple=True), query(_ARE_DEFAULT.encode()))
+
+    def _park_holder(self) -> None:
+        if self.holder is not None:
+            self._park(self.holder)
 
     def end(self, ended: Callable[[str | None], None]) -> None:
         """Undo everything; *ended* gets what is wrong with the connection, None if nothing is."""
         self.is_open = False
-        if not self._used:
+        self._forget_schema()
+        if self._used:
+            self._undo(("rollback",), "I", None, ended)
+        elif self._own_exchanges:  # whose answers are not for its client
+            self._own_exchanges += 1
+
+            def answered(exchange: Exchange) -> None:
+                self._own_exchanges -= 1
+                ended(self.escape)
+
+            self.real.begin(Exchange(None, answered), SYNC)
+        else:
+            ended(None)
+
+    def end_inside(self, ended: Callable[[str | None], None]) -> None:
+        """Undo the innermost block, and no more."""
+        self._park_holder()
+        used, outer = self._used, self._outer.pop()
+        self._has_differed |= self.schema_changed
+        self._forget_schema()
+        self._used, self.schema_changed, self.applied = outer.used, outer.schema_changed, outer.applied
+        self.savepoint = outer.savepoint
+        if not used:
             ended(None)
             return
+        self._locks, self._locks_known = outer.locks, self.activity
+        if outer.savepoint in (Savepoint.MISSING, Savepoint.BROKEN):
+            self.savepoint = Savepoint.MISSING
+            self._undo(("rollback",), "I", outer, ended)
+        else:
+            self._undo(("undo_block", "release_block"), "T", outer, ended)
+
+    def _forget_schema(self) -> None:
         if self.schema_changed:
             self.generation += 1
             self.deferrable = None
+
+    def _undo(
+        self,
+        steps: tuple[str, ...],
+        status: str,
+        outer: _Outer | None,
+        ended: Callable[[str | None], None],
+    ) -> None:
         closed, answers = self.collect()
+        parts = [closed, *(self._runs[what] for what in (*steps, "discard"))]
+        if outer is not None and outer.locks is not None:
+            self.unnamed = None
+            unlock = unlock_all_but(outer.locks).encode()
+            parts += [Parse(b"", unlock, b"\0\0").encode(), run_prepared(b"")]
+        parts.append(self._runs["unlock" if outer is None or outer.locks is None else "newest"])
 
         def undone(exchange: Exchange) -> None:
+            self._own_exchanges -= 1
             newest = exchange.rows[-1][-1] if exchange.rows else None
             if newest != self._newest:  # somebody has changed the schema for good
                 self._newest, self.deferrable = newest, None
-            if exchange.error is not None or exchange.status != "I":
-                ended(error_fields(exchange.error or b"").get("M", "it is still in a transaction"))
+            if exchange.error is not None or exchange.status != status:
+                ended(error_fields(exchange.error or b"").get("M", _OTHER_STATUS))
             else:
                 ended(self.escape)
 
-        exchange = Exchange(None, undone, drop=answers)
-        self.real.begin(exchange, closed + self._undo)
+        self._own_exchanges += 1
+        self.real.begin(Exchange(None, undone, drop=answers), b"".join(parts) + SYNC)

@@ -107,10 +107,20 @@ class VirtualConnection:
 
     def enter(self, session: Session) -> None:
         """Stand on the session from now on."""
+        self.meets(session)
+        self.conversation = Conversation(self, session)
+
+    def meets(self, session: Session) -> None:
+        """Forget what the session has for its statements, if that is of another one or undone."""
         if self.known_to != (session, session.generation):
             self.known_to = session, session.generation
             self.known.clear()
-        self.conversation = Conversation(self, session)
+
+    def back(self) -> None:
+        """Stand on the session as before the block that ends there."""
+        assert self.conversation is not None
+        self.conversation.back()
+        self.meets(self.conversation.session)
 
     def leave(self) -> None:
         """Stand on its own connection again; what it was in the midst of is over."""
@@ -183,6 +193,9 @@ class VirtualConnection:
         if self.is_asking or (lent and self.conversation is None and not self.hub.is_open):
             self._held += data  # or the block is being undone there
             return
+        if self.hub.is_turning and self._may_wait():
+            self._held += data
+            return
         data, found = self._frames.feed(data)
         if not found:
             return
@@ -204,6 +217,13 @@ class VirtualConnection:
                 return
             conversation.take(kind, data[begin:end])
         conversation.resume()
+
+    def _may_wait(self) -> bool:
+        # Until the block has begun, or has ended, in which it is to be with what it says now.
+        conversation = self.conversation
+        if conversation is not None:
+            return self.hub.is_open and conversation.may_move
+        return self.hub.is_open and self.is_idle
 
     def _relay(self, data: bytes, found: list[tuple[int, int, int]]) -> None:
         assert self.relay is not None
