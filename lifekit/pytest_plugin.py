@@ -120,16 +120,30 @@ def sandbox(_lifekit_place: Place) -> Block:
 
 
 @pytest.fixture
-def _lifekit_place(request: pytest.FixtureRequest, lifekit_app: ASGIApp) -> Place:
+def _lifekit_place(request: pytest.FixtureRequest, lifekit_app: ASGIApp, _lifekit_run: Run) -> Place:
     """Where the application runs for this test, in the block of this test."""
-    from lifekit.testing import _pytest
+    from lifekit.testing._pytest import place_of
 
     _check_marker(request.node)  # of a test of unittest's, which is collected otherwise
-    run = request.config.stash.get(_KEY, None)
-    if run is None:
-        run = request.config.stash[_KEY] = _pytest.Run()
-        request.config.pluginmanager.register(_pytest.fixtures(run), "lifekit-fixtures")
-    return _pytest.place_of(request, run)
+    return place_of(request, _lifekit_run)
+
+
+@pytest.fixture(scope="session")
+def _lifekit_run(pytestconfig: pytest.Config) -> Run:
+    """What is known of this run."""
+    from lifekit.testing import _pytest
+
+    run = pytestconfig.stash[_KEY] = _pytest.Run()
+    pytestconfig.pluginmanager.register(_pytest.fixtures(run), "lifekit-fixtures")
+    return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let a test that asks for seeds be in a sandbox, and end seeds that it can't be with."""
+    module: Any = sys.modules.get("lifekit.testing._seeds")
+    if module is not None:
+        module.prepare(item, item.config.stash.get(_KEY, None))
 
 
 @pytest.hookimpl(wrapper=True)

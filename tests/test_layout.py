@@ -205,7 +205,7 @@ def test_what_a_part_needs_of_other_packages_is_its_own_kind(file: Path) -> None
     if part(module_name(file)) == "sandbox":
         package = file.stem.removeprefix("_").partition("_")[0]
         foreign -= {package, *BESIDE.get(package, ())}
-    if file.parent == PACKAGE / "testing" and file.stem in ("_pytest", "_loops"):
+    if file.parent == PACKAGE / "testing" and file.stem in ("_pytest", "_loops", "_seeds"):
         foreign -= {"pytest"}
     assert not foreign & (DRIVEN | FRAMEWORKS | TEST_LIBRARIES | {"trio"})
 
@@ -252,6 +252,7 @@ def test_the_public_names_of_the_parts_are_these() -> None:
         "fake_redis",
         "mock",
         "sandboxing",
+        "seed",
         "sync_client",
     ]
 

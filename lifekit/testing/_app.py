@@ -241,6 +241,21 @@ class Running:
             self._scope.cancel()
 
 
+def lifespan_of(served: Running) -> Lifespan:
+    """Return the lifespan of lifekit's that an application opened first.
+
+    Raises:
+        LifekitError: It opened none.
+    """
+    found = served.lifespans
+    if not found:
+        raise LifekitError(
+            "the application opened no lifespan of lifekit's while it started: "
+            "FastAPI(lifespan=registry.lifespan) makes it do so"
+        ) from served.unsupported
+    return found[0]
+
+
 @asynccontextmanager
 async def _entered(blocks: list[Block]) -> AsyncGenerator[Block]:
     async with AsyncExitStack() as stack:

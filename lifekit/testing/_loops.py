@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
@@ -34,6 +36,28 @@ def fail(text: str) -> NoReturn:
     raise pytest.fail.Exception(text, pytrace=False) from None
 
 
+def is_isolated(item: pytest.Item) -> bool:
+    """Return whether a test is to run in a sandbox."""
+    marker = item.get_closest_marker("lifekit")
+    return marker is None or marker.kwargs.get("isolation") != "none"
+
+
+def asyncio_fixture(scope: str) -> Any:
+    """Return what makes fixtures that run in pytest-asyncio's loop of that scope, if it is there."""
+    pytest_asyncio: Any = sys.modules.get("pytest_asyncio")
+    return None if pytest_asyncio is None else partial(pytest_asyncio.fixture, loop_scope=scope)
+
+
+def fixture_plugin() -> tuple[ModuleType, Callable[..., None]]:
+    """Return a new plugin of fixtures, and what adds a fixture to it."""
+    made = ModuleType("lifekit_fixtures")
+
+    def add(name: str, function: Any, scope: Any, make: Any = pytest.fixture) -> None:
+        setattr(made, name, make(scope=scope, name=name)(function))
+
+    return made, add
+
+
 def kind_for(item: Any) -> str:
     """Return which kind of fixture runs the application in the event loop of a test."""
     loops = {
@@ -58,6 +82,11 @@ def kind_for(item: Any) -> str:
         if len(kinds) == 1:
             return str(kinds.pop())
     return next(iter(loops.values()), "sync")
+
+
+def loop_scope_of(kind: str) -> str:
+    """Return for how long an event loop of that kind runs."""
+    return "session" if kind == "sync" else kind.rpartition("_")[2]
 
 
 def is_async(item: Any) -> bool:
@@ -150,6 +179,7 @@ def _loop(kind: str) -> str:
     return f"{plugin}'s loop of the {scope}"
 
 
+WHILE_RUNNING = "this fixture can't be made while a test runs: ask for it in the test's parameters"
 _PLUGIN = "lifekit.pytest_plugin"
 _SEVERAL_LOOPS = (
     "the application's values belong to one event loop, and what uses them here runs in several"

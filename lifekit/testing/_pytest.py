@@ -10,38 +10,48 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import inspect
 import sys
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
-    Callable,
     Collection,
     Generator,
     Iterable,
     Iterator,
 )
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from lifekit._backend import running_loop
-from lifekit._errors import LifekitError, SandboxError
 from lifekit._lifespan import Lifespan
 from lifekit._overrides import Override, entered, overrides
 from lifekit._sandbox import Block
-from lifekit._stack import Site
 from lifekit.asgi import ASGIApp
 
-from ._app import Running, running
-from ._client import OptionError, client_of, known_options, sandbox_in, sync_client_of
-from ._loops import IN_TWO_LOOPS, SCOPES, WAYS_OUT, as_written, fail, is_async, kind_for, requested
+from ._app import Running, lifespan_of, running
+from ._client import client_of, known_options, sandbox_in, sync_client_of
+from ._loops import (
+    IN_TWO_LOOPS,
+    SCOPES,
+    WAYS_OUT,
+    WHILE_RUNNING,
+    as_written,
+    asyncio_fixture,
+    fail,
+    fixture_plugin,
+    is_async,
+    is_isolated,
+    kind_for,
+    loop_scope_of,
+    requested,
+)
+from ._seeds import Seeds, locate, readable
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -154,7 +164,7 @@ class Place:
         asked = cast("Any", self._item)._fixtureinfo.argnames
         if self._portal is not None or ("client" in asked and not is_async(self._item)):
             fail("client is for async tests, and this one is an ordinary function: use sync_client")
-        with _readable():
+        with readable():
             made = client_of(self._served, **known_options(options, "client"))
         self.async_clients.push_async_callback(made.aclose)
         return made
@@ -168,19 +178,13 @@ class Place:
                 "sync_client would block the event loop that this async test runs in: use client, or "
                 "make the test an ordinary function"
             )
-        with _readable():
+        with readable():
             known = known_options(options, "sync_client")
         return self.clients.enter_context(sync_client_of(self._served, self._portal, **known))
 
     def lifespan(self) -> Lifespan:
         """Return the lifespan of lifekit's that the application opened first."""
-        found = self._served.lifespans
-        if not found:
-            raise LifekitError(
-                "the application opened no lifespan of lifekit's while it started: "
-                "FastAPI(lifespan=registry.lifespan) makes it do so"
-            ) from self._served.unsupported
-        return found[0]
+        return lifespan_of(self._served)
 
     def sandbox(self) -> Block:
         """Return the block of that lifespan."""
@@ -194,9 +198,10 @@ class Place:
 async def place(run: Run, item: pytest.Item, served: Running) -> AsyncGenerator[Place]:
     """Give a test its place, in its own event loop; how that ends is told by *run*."""
     made, ending = Place(item, served), AsyncExitStack()
-    if _isolated(item):
+    if is_isolated(item):
+        ending.enter_context(run.seeds.around(served))
         await ending.enter_async_context(served.sandbox())
-        _locate(item, served)
+        locate(getattr(item, "obj", None), served)
     ending.push_async_exit(made.async_clients)
     yield made
     try:
@@ -207,42 +212,19 @@ async def place(run: Run, item: pytest.Item, served: Running) -> AsyncGenerator[
 
 
 @contextmanager
-def sync_place(item: pytest.Item, served: Running, portal: BlockingPortal) -> Generator[Place]:
+def sync_place(
+    run: Run, item: pytest.Item, served: Running, portal: BlockingPortal
+) -> Generator[Place]:
     """Give a test its place, in the event loop of *portal*."""
     made = Place(item, served, portal)
-    with _readable(), sandbox_in(portal, served) if _isolated(item) else nullcontext(), made.clients:
-        _locate(item, served)
+    with ExitStack() as ending:
+        ending.enter_context(readable())
+        if is_isolated(item):
+            ending.enter_context(run.seeds.around(served))
+            ending.enter_context(sandbox_in(portal, served))
+            locate(getattr(item, "obj", None), served)
+        ending.enter_context(made.clients)
         yield made
-
-
-class _TestSite(Site):
-    # Where a sandbox begins, as messages tell it: at the test, not in the plugin that runs the fixture.
-    __slots__ = ()
-
-    def __init__(self, code: CodeType) -> None:
-        self._code, self._line = code, code.co_firstlineno
-
-
-def _locate(item: pytest.Item, served: Running) -> None:
-    function: Any = getattr(item, "obj", None)
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    for lifespan in served.lifespans:
-        if lifespan.block is not None and code is not None:
-            lifespan.block.location = _TestSite(code)
-
-
-@contextmanager
-def _readable() -> Generator[None]:
-    # Where a sandbox begins and ends, the stack shows pytest and lifekit, and nothing of the test.
-    try:
-        yield
-    except (SandboxError, OptionError) as error:
-        fail(f"{type(error).__name__}: {error}")
-
-
-def _isolated(item: pytest.Item) -> bool:
-    marker = item.get_closest_marker("lifekit")
-    return marker is None or marker.kwargs.get("isolation") != "none"
 
 
 # -- what a run is told of at its end -------------------------------------------------------------
@@ -273,7 +255,7 @@ class AppFixture:
     @property
     def loop_scope(self) -> str:
         """Return for how long its event loop runs."""
-        return "session" if self.kind == "sync" else self.kind.rpartition("_")[2]
+        return loop_scope_of(self.kind)
 
 
 class Run:
@@ -286,6 +268,7 @@ class Run:
         self._used: dict[Running, tuple[Override, ...]] = {}
         self._told: list[tuple[Exception, str]] = []
         self._left: list[Lifespan] = []
+        self.seeds = Seeds(self)
         self.escaped: Exception | None = None
         self.asked: Any = None
         """The test whose place is made next, and what its fixture for the application gave."""
@@ -368,7 +351,7 @@ class Run:
         self.asked = None
         escaped, self.escaped = self.escaped, None
         if escaped is not None:
-            with _readable():
+            with readable():
                 raise escaped
 
     @contextmanager
@@ -418,8 +401,8 @@ def summary(accounts: Iterable[Account], config: pytest.Config) -> Iterator[str]
 def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
     """Return the place that the fixtures of the right kind make for a test."""
     if asyncio._get_running_loop() is not None:
-        fail("this fixture can't be made while a test runs: ask for it in the test's parameters")
-    with _readable():
+        fail(WHILE_RUNNING)
+    with readable():
         kind = kind_for(request.node)
         fixture = run.app_fixture(request, kind)
         with run.told_once(request.node.nodeid):
@@ -443,40 +426,26 @@ def _overridden_by(request: Any, definition: pytest.FixtureDef[Any]) -> list[pyt
     return made
 
 
-def _plugin() -> tuple[ModuleType, Callable[..., None]]:
-    made = ModuleType("lifekit_fixtures")
-
-    def add(name: str, function: Any, scope: Any, make: Any = pytest.fixture) -> None:
-        setattr(made, name, make(scope=scope, name=name)(function))
-
-    return made, add
-
-
 def fixtures(run: Run) -> ModuleType:
     """Return the fixtures that make a test's place, for all kinds of loops, as a plugin."""
-    made, add = _plugin()
+    made, add = fixture_plugin()
     add("_lifekit_place_sync", _sync_place(run), "function")
     for scope in SCOPES:
         add(f"_lifekit_place_anyio_{scope}", _anyio_place(run), "function")
-        if (make := _asyncio_fixture(scope)) is not None:
+        if (make := asyncio_fixture(scope)) is not None:
             add(f"_lifekit_place_pytest-asyncio_{scope}", _asyncio_place(run), "function", make)
     return made
 
 
-def _asyncio_fixture(scope: str) -> Any:
-    pytest_asyncio: Any = sys.modules.get("pytest_asyncio")
-    return None if pytest_asyncio is None else partial(pytest_asyncio.fixture, loop_scope=scope)
-
-
 def app_fixtures(run: Run, fixture: AppFixture) -> ModuleType:
     """Return the fixture that opens an application, as a plugin."""
-    made, add = _plugin()
+    made, add = fixture_plugin()
     if fixture.kind == "sync":
         add(fixture.name, _sync_app(run, fixture), fixture.scope)
     elif fixture.kind.startswith("anyio"):
         add(fixture.name, _anyio_app(run, fixture), fixture.scope)
     else:
-        make = _asyncio_fixture(fixture.loop_scope)
+        make = asyncio_fixture(fixture.loop_scope)
         add(fixture.name, _asyncio_app(run, fixture), fixture.scope, make)
     return made
 
@@ -495,7 +464,7 @@ def _sync_app(run: Run, fixture: AppFixture) -> Any:
 def _sync_place(run: Run) -> Any:
     def function() -> Iterator[Place]:
         item, (served, portal) = run.asked
-        with sync_place(item, served, portal) as made:
+        with sync_place(run, item, served, portal) as made:
             yield made
 
     return function

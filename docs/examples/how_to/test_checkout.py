@@ -23,6 +23,29 @@ async def test_a_new_shop_has_no_orders(client: AsyncClient) -> None:
 
 
 # --8<-- [end:rollback]
+# --8<-- [start:seed]
+@testing.seed(scope="module")
+async def many_orders(lifespan: Lifespan) -> list[int]:
+    prices = list(range(100, 10_000, 100))
+    await lifespan[checkout.db].executemany(
+        "INSERT INTO orders VALUES ($1)", [[each] for each in prices]
+    )
+    return prices
+
+
+async def test_all_orders_are_listed(client: AsyncClient, many_orders: list[int]) -> None:
+    assert (await client.get("/orders")).json() == many_orders
+
+
+async def test_deleted_orders_are_not(
+    client: AsyncClient, lifespan: Lifespan, many_orders: list[int]
+) -> None:
+    await lifespan[checkout.db].execute("DELETE FROM orders WHERE cents > 100")
+
+    assert (await client.get("/orders")).json() == [100]
+
+
+# --8<-- [end:seed]
 # --8<-- [start:lasts]
 @pytest.mark.lifekit(isolation="none")
 async def test_a_vacuum_is_possible(lifespan: Lifespan) -> None:

@@ -36,14 +36,17 @@ class Notes:
 class NotesSandbox(Sandbox):
     """Forgets what was noted since it began; fails if that is a stray."""
 
+    def __init__(self) -> None:
+        self.before: list[list[str]] = []
+
     async def begin(self) -> None:
         await checkpoint()
-        self.before = kept.copy()
+        self.before.append(kept.copy())
 
     async def end(self) -> None:
         await checkpoint()
         stray = "stray" in kept
-        kept[:] = self.before
+        kept[:] = self.before.pop()
         if stray:
             raise SandboxEscapedError("a stray was noted")
 
