@@ -41,6 +41,8 @@ NO_MESSAGE = (
     *("session authorization", "time zone"),
     # What others say, and lifekit looks for.
     *("All connection attempts failed", "slots are not covered"),
+    # Names of packages.
+    "\n        a",
     # How something is called, where a message or a picture puts it in.
     *(
         "a pool of ",
