@@ -260,18 +260,25 @@ class Live:
     async def _redirect(self) -> None:
         if self._gateway is not None and self.driver is not None:
             self.sandbox = self.driver.redirect(self.value, self._gateway)
+            if self.sandbox is not None:
+                self._cut_off_with(self.sandbox)
             await self._named(self.driver.reconnect, self.value)
 
     def _prepare_sandbox(self, needs: Sequence[Any]) -> None:
+        before = self.sandbox
         if self.driver is not None:
-            self.sandbox = self.driver.sandbox(self.value) or self.sandbox
+            self.sandbox = self.driver.sandbox(self.value) or before
         if self.sandbox is None:
             from .sandbox._stores import refusal  # here, for production never needs it
 
             self.sandbox = refusal(self.resource, self.value, needs, self.driver)
             return
-        sandbox = self.sandbox
-        self.steps = (("close", sandbox.close), *self.steps)
+        *steps, (phase, last) = (("close", self.sandbox.close), *self.steps)
+        self.steps = (*steps, (phase, partial(_one_after_the_other, last, self.sandbox.closed)))
+        if before is not self.sandbox:
+            self._cut_off_with(self.sandbox)
+
+    def _cut_off_with(self, sandbox: drivers.Sandbox) -> None:
         terminate = self.terminate
 
         def cut_both_off() -> object:
@@ -432,6 +439,13 @@ def _mapping(value: object) -> dict[str, Any]:
 async def settle(result: object) -> object:
     """Return what a step gave, awaited if it must be."""
     return await cast("Awaitable[object]", result) if _is(result, Awaitable) else result
+
+
+async def _one_after_the_other(first: Call, second: Call) -> None:
+    try:
+        await settle(first())
+    finally:
+        await settle(second())
 
 
 def _is(value: object, kind: type | tuple[type, ...]) -> bool:
