@@ -273,8 +273,10 @@ class Live:
 
             self.sandbox = refusal(self.resource, self.value, needs, self.driver)
             return
-        *steps, (phase, last) = (("close", self.sandbox.close), *self.steps)
-        self.steps = (*steps, (phase, partial(_one_after_the_other, last, self.sandbox.closed)))
+        self.steps = (("close", self.sandbox.close), *self.steps)
+        phase, last = self.steps[-1]
+        closed = partial(_one_after_the_other, last, self.sandbox.closed)
+        self.steps = (*self.steps[:-1], (phase, closed))
         if before is not self.sandbox:
             self._cut_off_with(self.sandbox)
 

@@ -51,7 +51,7 @@ class Sandbox:
         """Give up what the sandbox itself holds; the value's own closing follows."""
 
     async def closed(self) -> None:
-        """Give up what the value's own closing, a generator's end for one, still had to be contained by."""
+        """Give up what the value's own closing, as the end of a generator, still ran in."""
 
     def terminate(self) -> None:
         """Cut off what the sandbox itself holds: an `end` took too long, or the value is cut off."""

@@ -1,8 +1,8 @@
 """What each connection of a sandboxed client passes: the commands that it sends, and what it hears.
 
-Learned from `connection.py` of redis-py 8.1 and 5.0. Every command is packed by its connection, be it of
-a pipeline, a lock, a script or a PubSub, and every reply is read by it: that is where this stands. What
-reaches the socket in another way is refused there.
+Learned from `connection.py` of redis-py 8.1 and 5.0. Every command is packed by its connection, be it
+of a pipeline, a lock, a script or a PubSub, and every reply is read by it: that is where this stands.
+What reaches the socket in another way is refused there.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ class Filter:
             return
         raise SandboxUnsupportedError(
             "a redis connection sends something in a way that lifekit does not know, so that it can't "
-            "tell what would be permanent. Is this a newer release of redis-py than lifekit's, or a "
-            "`redis_connect_func` that does not call `connection.on_connect()`? The tests need an older "
-            "one, or a client that is declared with @registry.resource(…, sandbox=False)."
+            "tell what would be permanent. Is redis-py newer than lifekit, or is there a "
+            "`redis_connect_func` that does not call `connection.on_connect()`? Else declare the "
+            "client with @registry.resource(…, sandbox=False)."
         )
 
     # -- what is heard ---------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class Filter:
             self.pending_replies -= 1
             return _decoded(self.lease.channels.reply(reply), connection) if self.is_raw else reply
         channels = self.lease.channels
-        items = cast("list[Any]", reply) if isinstance(reply, list) else []
+        items: list[Any] = [*cast("Any", reply)] if isinstance(reply, list) else []
         kind = items[0] if items else None
         if kind in _PUBLISHED:
             if items[-2] == channels.end:
@@ -195,9 +195,9 @@ def _decoded(value: Any, connection: Any) -> Any:
     if isinstance(value, bytes):
         return connection.encoder.decode(value)
     if isinstance(value, list):
-        return [_decoded(each, connection) for each in cast("list[Any]", value)]
+        return [_decoded(each, connection) for each in cast("Any", value)]
     if isinstance(value, dict):
-        pairs = cast("dict[Any, Any]", value).items()
+        pairs = cast("Any", value).items()
         return {_decoded(key, connection): _decoded(each, connection) for key, each in pairs}
     return value
 
@@ -233,7 +233,6 @@ class _FilteredWriter:
 class FilteredConnection:
     """What the class of a pool's connections is mixed with, so that everything passes a filter."""
 
-    __slots__ = ()  # the layout must not change
     _lease: Lease
     _filter: Filter
 
@@ -304,7 +303,7 @@ class FilteredConnection:
         passing.connecting = True
         try:
             await getattr(super(), method)(*args, **options)
-            await connection.send_command("CLIENT", "ID", check_health=False)
+            await connection.send_command("CLIENT ID", check_health=False)  # in any encoding
             passing.client_id = await connection.read_response()
         finally:
             passing.connecting = False
@@ -329,8 +328,7 @@ class FilteredConnection:
 
 def filtered(kind: Any, lease: Lease) -> Any:
     """Return a class of connections that is *kind*, with all that they send filtered."""
-    attributes = {"__slots__": (), "_lease": lease, **named_like(kind)}
-    return type(kind.__name__, (FilteredConnection, kind), attributes)
+    return type(kind.__name__, (FilteredConnection, kind), {"_lease": lease, **named_like(kind)})
 
 
 @functools.cache

@@ -87,7 +87,7 @@ def cut(connection: Any) -> None:
 
 
 Snapshot = tuple[bytes, ...]
-"""What a database holds: of each key its name, when it expires in milliseconds of the epoch or 0, its dump."""
+"""What a database holds: of each key the name, its end in milliseconds of the epoch or 0, the dump."""
 
 
 class Lease:
@@ -230,7 +230,7 @@ class Lease:
         return blocked >= {str(each) for each in clients}
 
     async def leave(self, sandbox: Any) -> bool:
-        """Give the number up, empty, once nobody of the lifespan needs it; return whether that is so."""
+        """Give the number up, empty, once nobody of the lifespan needs it, and return whether."""
         if sandbox in self.sandboxes:
             self.sandboxes.remove(sandbox)
         if self.sandboxes:

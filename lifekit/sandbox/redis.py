@@ -73,7 +73,7 @@ class RedisSandbox(Sandbox):
         """Return whether it is that of a lifespan's pool, still."""
         return self._leases is leases and not self.is_over
 
-    # -- the leased database -----------------------------------------------------------------------------
+    # -- the leased database ---------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Put the pool on a leased database.
@@ -135,7 +135,8 @@ class RedisSandbox(Sandbox):
 
     def connection(self) -> Any:
         """Return a connection of the sandbox's own."""
-        return self._connection_class(**self._pool.connection_kwargs)
+        options = {"encoding": "utf-8", "decode_responses": False}
+        return self._connection_class(**{**self._pool.connection_kwargs, **options})
 
     def cut(self) -> None:
         """Cut all connections off; those that are in use connect again when they are used."""
@@ -149,7 +150,7 @@ class RedisSandbox(Sandbox):
             if hasattr(client, "connection"):
                 client.connection = None
 
-    # -- blocks ------------------------------------------------------------------------------------------
+    # -- blocks ----------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
         """Keep what the database holds.
@@ -232,7 +233,7 @@ class RedisSandbox(Sandbox):
             "`async with client.pipeline() as pipeline`. It was closed."
         )
 
-    # -- its end -----------------------------------------------------------------------------------------
+    # -- its end ---------------------------------------------------------------------------------------
 
     async def closed(self) -> None:
         """Give up the lease, and leave the pool as it was, once nobody has it any more."""
@@ -380,9 +381,9 @@ def _acquired_before(described: str) -> SandboxError:
 
 def _unknown_release(kind: type) -> SandboxError:
     return SandboxUnsupportedError(
-        f"a {kind.__module__}.{kind.__qualname__} works in a way that lifekit does not know, so that the "
-        "sandbox can't undo what it does. Is redis-py newer than lifekit? The tests need an older one, "
-        "or a client that is declared with @registry.resource(…, sandbox=False)."
+        f"a {kind.__name__} of redis-py works in a way that lifekit does not know, so that the sandbox "
+        "can't undo what it does. Is redis-py newer than lifekit? Else declare the client with "
+        "@registry.resource(…, sandbox=False)."
     )
 
 

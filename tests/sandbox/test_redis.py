@@ -18,9 +18,11 @@ import anyio.lowlevel
 import pytest
 from redis import Redis as SyncRedis
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCluster
+from redis.asyncio import BlockingConnectionPool, Connection, ConnectionPool, Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
-from lifekit import Registry, embedded
+from lifekit import Registry, drivers, embedded
 from lifekit._errors import SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
 from lifekit.sandbox._redis_commands import is_plain
 from lifekit.sandbox.redis import sandbox
@@ -150,15 +152,16 @@ async def test_each_block_finds_what_the_start_left_and_nothing_else(admin: Admi
         await filled(cache)
         found = await state_of(cache)
         for change in (
-            lambda: cache.flushdb(),
-            lambda: cache.delete(*found["keys"][:5]),
-            lambda: cache.expire("flag", 5),
-            lambda: cache.xreadgroup("workers", "two", {"jobs": ">"}),
-            lambda: cache.xgroup_destroy("jobs", "workers"),
+            "FLUSHDB",
+            "DEL flag list set",
+            "EXPIRE flag 5",
+            "PERSIST session",
+            "XREADGROUP GROUP workers two STREAMS jobs >",
+            "XGROUP DESTROY jobs workers",
         ):
             async with block():
                 assert await state_of(cache) == found
-                await change()
+                await cache.execute_command(*change.split())
                 await cache.set("mine", "1")
             assert await state_of(cache) == found
         async with block():
@@ -274,6 +277,32 @@ async def test_a_block_after_another_needs_one_message(admin: Admin) -> None:
             grown = {name: each["calls"] - before[name]["calls"] for name, each in after.items()}
             grown = {name: n for name, n in grown.items() if n and name != "cmdstat_info"}
             assert grown == ({"cmdstat_get": 1, "cmdstat_flushdb": 1} if sends else {})
+
+
+async def test_a_pool_is_a_value_too(admin: Admin) -> None:
+    """It is opened, checked, undone and closed as a client is; clients of it are in the block."""
+    registry = Registry()
+
+    @registry.resource
+    def pool() -> ConnectionPool:
+        return pool_of(admin.url)
+
+    @registry.resource(pool)
+    def cache(pool: ConnectionPool) -> Redis:
+        return Redis(connection_pool=pool)
+
+    with sandboxing():
+        async with registry.lifespan() as lifespan:
+            for _ in "12":
+                async with lifespan.sandbox():
+                    other = Redis(connection_pool=lifespan[pool])
+                    assert await other.incr("a") == 1
+                    assert await lifespan[cache].get("a") == b"1"
+    closed = pool_of("redis://127.0.0.1:1")
+    driver: Any = drivers.find(closed)
+    assert driver.describe(closed) == "redis client, redis://127.0.0.1:1/0"
+    with pytest.raises(exceptions.ConnectionError):
+        await driver.check(closed)
 
 
 def pools(url: str) -> dict[str, Callable[[], Any]]:
@@ -498,6 +527,61 @@ async def test_commands_that_reach_further_are_refused_before_they_are_sent(admi
         await cache.execute_command("SCRIPT", "FLUSH")
 
 
+class NewerConnection(Connection):
+    """As a newer release of redis-py might send: not by what lifekit knows."""
+
+    how = "pack_command"
+
+    async def send_command(self, *args: Any, **options: Any) -> None:
+        """Send a command in one of several ways."""
+        kind: Any = Connection
+        packed: Any = b"".join(kind.pack_command(self, *args))
+        await self.connect()
+        writer: Any = self._writer
+        if args[0] not in {"SET", "FLUSHALL"}:
+            await super().send_command(*args, **options)
+        elif self.how == "write":
+            writer.write(packed)
+        elif self.how == "writelines":
+            writer.writelines([packed])
+        else:
+            await self.send_packed_command(packed)
+
+
+@pytest.mark.parametrize("how", ["write", "writelines", "send_packed_command"])
+async def test_what_is_sent_in_another_way_is_refused(how: str, admin: Admin) -> None:
+    """Whatever a newer release does, nothing reaches the socket that passed no filter."""
+    kind = type("Newer", (NewerConnection,), {"how": how})
+    pool = pool_of(admin.url, connection_class=kind, retry=Retry(NoBackoff(), 0))
+    async with opened(lambda: Redis(connection_pool=pool)) as (block, cache), block():
+        for command in (["SET", "a", "1"], ["FLUSHALL"]):
+            with pytest.raises(SandboxUnsupportedError, match="in a way that lifekit does not know"):
+                await cache.execute_command(*command)
+        assert await cache.dbsize() == 0
+
+
+async def test_a_connection_that_lacks_what_lifekit_knows_is_refused(admin: Admin) -> None:
+    """And one whose `redis_connect_func` does not select the database."""
+
+    async def greets(connection: Any) -> None:
+        connection._parser.on_connect(connection)
+        args = ("HELLO", 3, "AUTH", "default", urlsplit(admin.url).password)
+        await connection.send_command(*args, check_health=False)
+        await connection.read_response()
+
+    client = connect(admin.url, redis_connect_func=greets, retry=Retry(NoBackoff(), 0))
+    held: Any = sandbox(client, "redis client", client)
+    await held.open()
+    with pytest.raises(SandboxUnsupportedError, match="in a way that lifekit does not know"):
+        await client.set("a", "1")
+    await held.closed()
+    pool = pool_of(admin.url, connection_class=type("Other", (), {}))
+    other: Any = sandbox(pool, "redis client", pool)
+    await other.open()
+    with pytest.raises(SandboxUnsupportedError, match="a Other of redis-py works in a way"):
+        await other.begin()
+
+
 SCRIPTS = [
     "redis.call('SELECT', 0) redis.call('SET', 'leak', 1)",
     "local name = 'sel' .. 'ect' return redis.pcall(name, 0)",
@@ -621,6 +705,45 @@ async def test_channels_are_apart_and_have_their_own_names(options: Any, admin: 
     seen = outside.get_message(timeout=0.01)
     assert seen is None or seen["channel"].startswith("lifekit-")
     outside.close()
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("latin-1", "nüws"), ("shift_jis", "nソws")])
+async def test_channels_in_other_encodings(encoding: str, name: str, admin: Admin) -> None:
+    """Names and messages are what the application's own encoding makes of them."""
+    async with (
+        opened(lambda: connect(admin.url, encoding=encoding)) as (block, cache),
+        block(),
+        cache.pubsub(ignore_subscribe_messages=True) as pubsub,
+    ):
+        await pubsub.subscribe(name)
+        await heard(cache, name)
+        await cache.publish(name, name)
+        message = await next_message(pubsub)
+        assert (message["channel"], message["data"]) == (name, name)
+        assert await cache.pubsub_channels() == [name]
+
+
+async def test_push_handlers_hear_what_the_application_shall(admin: Admin) -> None:
+    """Of RESP3: with the application's own names, and nothing of a block that has ended."""
+    pushed: list[Any] = []
+
+    async def handler(message: Any) -> None:
+        pushed.append(message)
+
+    async with (
+        opened(lambda: connect(admin.url)) as (block, cache),
+        cache.pubsub(push_handler_func=handler) as pubsub,
+    ):
+        await pubsub.subscribe("news")
+        while not pushed:
+            await pubsub.get_message(timeout=1)
+        async with block():
+            await cache.publish("news", "unread")
+        async with block():
+            await cache.publish("news", "mine")
+            while len(pushed) < 2:
+                await pubsub.get_message(timeout=1)
+    assert pushed == [["subscribe", "news", 1], ["message", "news", "mine"]]
 
 
 async def test_clients_of_several_databases_have_the_same_channels(admin: Admin) -> None:
