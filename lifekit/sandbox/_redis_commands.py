@@ -207,7 +207,7 @@ class Channels:
 
     def owns(self, name: Any) -> bool:
         """Return whether *name*, as the server knows it, is one of this lifespan's."""
-        return self.back(name) != name or name == self.end
+        return bool(self.back(name) != name or name == self.end)
 
     def reply(self, reply: Any) -> Any:
         """Return a reply, or a message, with the names that the application knows."""

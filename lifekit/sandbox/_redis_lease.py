@@ -48,12 +48,17 @@ class Link:
         async with asyncio.timeout(_SECONDS):
             await self._connection.connect()
 
-    async def ask(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """Send commands in one message, and return the replies; a refusal stands as an exception."""
+    async def ask(self, *commands: tuple[Any, ...] | bytes) -> list[Any]:
+        """Send commands, packed or not, in one message, and return the replies.
+
+        A refusal stands as an exception.
+        """
         connection = self._connection
         if self.is_lost():
             raise exceptions.ConnectionError("the connection is closed")
-        connection._writer.writelines(connection.pack_commands(commands))
+        for each in commands:
+            packed = [each] if isinstance(each, bytes) else connection.pack_command(*each)
+            connection._writer.writelines(packed)
         replies: list[Any] = []
         async with asyncio.timeout(_SECONDS):
             for _ in commands:
@@ -86,8 +91,8 @@ def cut(connection: Any) -> None:
     connection._reader = connection._writer = None
 
 
-Snapshot = tuple[bytes, ...]
-"""What a database holds: of each key the name, its end in milliseconds of the epoch or 0, the dump."""
+Snapshot = bytes
+"""The command that puts a database back as it was, packed, since that takes longer than the rest."""
 
 
 class Lease:
@@ -98,7 +103,7 @@ class Lease:
 
     def __init__(self, own: int, server: str, channels: Channels) -> None:
         self.own = own
-        self.number = 0
+        self.number: int = 0
         self.channels = channels
         self.sandboxes: list[Any] = []
         self.touched: bool = False
@@ -108,7 +113,7 @@ class Lease:
         self._server = server
         self._link: Link | None = None
         self._found: list[Snapshot] = []  # of each block that runs, the outermost first
-        self._holds: Snapshot = ()  # as of when nothing was sent
+        self._holds: Snapshot = _EMPTY  # as of when nothing was sent
 
     @property
     def in_block(self) -> bool:
@@ -140,7 +145,7 @@ class Lease:
             return
         if self.touched:
             *_, kept = await self._ask(*self._kills(), ("EVAL", _SAVE, 0))
-            self._holds, self.touched = tuple(kept), False
+            self._holds, self.touched = _packed("EVAL", _RESTORE, 0, *kept) if kept else _EMPTY, False
         self._found.append(self._holds)
 
     async def end(self) -> None:
@@ -162,8 +167,7 @@ class Lease:
                 await self._put_back(found)
 
     async def _put_back(self, found: Snapshot) -> None:
-        restore = ("EVAL", _RESTORE, 0, *found) if found else ("FLUSHDB",)
-        commands: list[tuple[Any, ...]] = [*self._kills(), restore]
+        commands: list[tuple[Any, ...] | bytes] = [*self._kills(), found]
         listeners = self.channels.listeners
         if listeners:  # what they have not read yet came before this
             self.channels.ended += 1
@@ -175,13 +179,14 @@ class Lease:
                     break
                 [heard] = await self._ask(commands[-1])  # a subscription was on its way
         except exceptions.ResponseError as error:
+            self.give_up()  # so that the next block is on one that holds what it should
             raise SandboxEscapedError(
                 f"database {self.number} could not be put back as the test found it: {summary(error)}"
             ) from error
         finally:
             self._holds, self.touched = found, False
 
-    async def _ask(self, *commands: tuple[Any, ...]) -> list[Any]:
+    async def _ask(self, *commands: tuple[Any, ...] | bytes) -> list[Any]:
         assert self._link is not None
         try:
             replies = await self._link.ask(*commands)
@@ -189,7 +194,7 @@ class Lease:
             self._link.cut()
             raise self._lost(summary(error)) from error
         for command, reply in zip(commands, replies, strict=True):
-            if isinstance(reply, Exception) and command[0] != "CLIENT":
+            if isinstance(reply, Exception) and command[0] != "CLIENT":  # that went by itself
                 raise reply
         return replies
 
@@ -211,8 +216,7 @@ class Lease:
         except BaseException:
             link.cut()
             raise
-        if self._holds:
-            await self._ask(("EVAL", _RESTORE, 0, *self._holds))
+        await self._ask(self._holds)
 
     def _lost(self, why: str) -> SandboxEscapedError:
         return SandboxEscapedError(
@@ -250,6 +254,14 @@ class Lease:
             self._found.clear()
 
 
+def _packed(*args: str | int | bytes) -> bytes:
+    """Return a command as it is sent."""
+    packed = [each if isinstance(each, bytes) else str(each).encode() for each in args]
+    return b"*%d\r\n" % len(packed) + b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in packed)
+
+
+_EMPTY = _packed("FLUSHDB")
+"""Of each key: its name, when it expires in milliseconds of the epoch or 0, its dump."""
 _SAVE = """
 local now, found = redis.call('TIME'), {}
 now = now[1] * 1000 + math.floor(now[2] / 1000)

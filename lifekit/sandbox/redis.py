@@ -25,7 +25,7 @@ from ._redis_commands import Channels
 from ._redis_filter import FilteredConnection, filtered, mixed
 from ._redis_lease import Lease, Link, cut
 
-checkouts = Checkouts("redis")
+checkouts: Checkouts = Checkouts("redis")
 _sandboxes: WeakKeyDictionary[Any, RedisSandbox] = WeakKeyDictionary()
 """By pool."""
 _leases: WeakKeyDictionary[object, Leases] = WeakKeyDictionary()
@@ -37,7 +37,7 @@ class Leases:
     """Those of one lifespan."""
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
+        self.lock: asyncio.Lock = asyncio.Lock()
         self.by_server: dict[bytes, dict[int, Lease]] = {}
 
 
@@ -332,7 +332,8 @@ class FakeSandbox(Sandbox):
 
     @property
     def _server(self) -> Any:
-        return self._pool.connection_kwargs["server"]
+        # Without one of their own, fakes share that of their address, which a connection finds.
+        return self._pool.connection_kwargs.get("server") or self._pool.make_connection()._server
 
     async def begin(self) -> None:
         """Keep what the server holds."""
@@ -345,11 +346,12 @@ class FakeSandbox(Sandbox):
         if not self._found:
             return
         found, before = self._found.pop(), self._before.pop()
-        kept = {getattr(self._client, "connection", None)}
+        before = {*before, getattr(self._client, "connection", None)}
         for _ in range(100):
-            if not (strays := self._pool._in_use_connections - before - kept):
+            if not self._pool._in_use_connections - before:
                 break
             await asyncio.sleep(0)
+        strays = self._pool._in_use_connections - before
         for connection in strays:
             await connection.disconnect(nowait=True)
         with self._server.lock:

@@ -304,7 +304,7 @@ async def unused(server: Valkey) -> Client:
 
 async def idle(server: Valkey) -> Client:
     """It did, and nothing is under way."""
-    client: Any = await driver.open(Redis(**server.address()))
+    client = await driver.open(Redis(**server.address()))
     await driver.check(client)
     return client
 

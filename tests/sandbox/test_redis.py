@@ -284,11 +284,11 @@ async def test_a_pool_is_a_value_too(admin: Admin) -> None:
     registry = Registry()
 
     @registry.resource
-    def pool() -> ConnectionPool:
+    def pool() -> Any:
         return pool_of(admin.url)
 
     @registry.resource(pool)
-    def cache(pool: ConnectionPool) -> Redis:
+    def cache(pool: Any) -> Redis:
         return Redis(connection_pool=pool)
 
     with sandboxing():
@@ -536,8 +536,9 @@ class NewerConnection(Connection):
         """Send a command in one of several ways."""
         kind: Any = Connection
         packed: Any = b"".join(kind.pack_command(self, *args))
-        await self.connect()
-        writer: Any = self._writer
+        connection: Any = self
+        await connection.connect()
+        writer = connection._writer
         if args[0] not in {"SET", "FLUSHALL"}:
             await super().send_command(*args, **options)
         elif self.how == "write":
