@@ -82,7 +82,7 @@ class Live:
 
         *others* are the values that other resources own. *gateway* is there in test mode.
         """
-        self._gateway = gateway
+        self._gateway = gateway if self.resource.options.sandbox else None
         made: Any = self.resource.factory(*needs)
         awaited = False
         while _is(made, Coroutine):  # an async function may return a driver's own coroutine
@@ -103,8 +103,8 @@ class Live:
             if not (self.steps or self.flaw):
                 self._warn_if_it_stays_open(others, is_plain=plain)
         self.is_open = True
-        if gateway is not None and self.driver is not None:
-            self._prepare_sandbox(self.driver)
+        if self._gateway is not None:
+            self._prepare_sandbox(needs)
 
     @property
     def closes(self) -> bool:
@@ -173,6 +173,7 @@ class Live:
 
     def _borrow(self, value: Any) -> None:
         self.value, self.is_made = value, True
+        self._gateway = None  # whose value it is, has its sandbox
         self.steps = self._declared_steps()
         if (declared := self.resource.options.terminate) is not None:
             self.terminate = self._flawless("terminate", declared)
@@ -259,19 +260,34 @@ class Live:
     async def _redirect(self) -> None:
         if self._gateway is not None and self.driver is not None:
             self.sandbox = self.driver.redirect(self.value, self._gateway)
+            if self.sandbox is not None:
+                self._cut_off_with(self.sandbox)
             await self._named(self.driver.reconnect, self.value)
 
-    def _prepare_sandbox(self, driver: drivers.Driver[Any]) -> None:
-        self.sandbox = sandbox = driver.sandbox(self.value) or self.sandbox
-        if sandbox is not None:
-            self.steps = (("close", sandbox.close), *self.steps)
-            terminate = self.terminate
+    def _prepare_sandbox(self, needs: Sequence[Any]) -> None:
+        before = self.sandbox
+        if self.driver is not None:
+            self.sandbox = self.driver.sandbox(self.value) or before
+        if self.sandbox is None:
+            from .sandbox._stores import refusal  # here, for production never needs it
 
-            def cut_both_off() -> object:
-                sandbox.terminate()
-                return terminate() if terminate is not None else None
+            self.sandbox = refusal(self.resource, self.value, needs, self.driver)
+            return
+        self.steps = (("close", self.sandbox.close), *self.steps)
+        phase, last = self.steps[-1]
+        closed = partial(_one_after_the_other, last, self.sandbox.closed)
+        self.steps = (*self.steps[:-1], (phase, closed))
+        if before is not self.sandbox:
+            self._cut_off_with(self.sandbox)
 
-            self.terminate = cut_both_off
+    def _cut_off_with(self, sandbox: drivers.Sandbox) -> None:
+        terminate = self.terminate
+
+        def cut_both_off() -> object:
+            sandbox.terminate()
+            return terminate() if terminate is not None else None
+
+        self.terminate = cut_both_off
 
     async def _carries_its_closing(self, value: Any, leave: Call) -> None:
         self._take(value)
@@ -425,6 +441,13 @@ def _mapping(value: object) -> dict[str, Any]:
 async def settle(result: object) -> object:
     """Return what a step gave, awaited if it must be."""
     return await cast("Awaitable[object]", result) if _is(result, Awaitable) else result
+
+
+async def _one_after_the_other(first: Call, second: Call) -> None:
+    try:
+        await settle(first())
+    finally:
+        await settle(second())
 
 
 def _is(value: object, kind: type | tuple[type, ...]) -> bool:

@@ -70,6 +70,8 @@ class Declaration(TypedDict, total=False):
     """Waits until it is closed."""
     terminate: Step | None
     """Cuts the value off when its closing fails or takes too long."""
+    sandbox: bool
+    """False leaves the value alone in test mode: what tests do to it may last."""
 
 
 class Declare(Generic[*Needs]):
@@ -351,6 +353,7 @@ class Registry:
                 close=options.get("close"),
                 wait_closed=options.get("wait_closed"),
                 terminate=options.get("terminate"),
+                sandbox=options.get("sandbox") is not False,
             ),
             registry=self,
             location=location,
@@ -387,6 +390,7 @@ class Registry:
 
 
 _SECONDS = "seconds, 0 or more; math.inf is no limit"
+_SANDBOX = "False, where what tests do to the value may last, or True"
 _STEP = "a method's name, or a function of the value"
 _TRANSIENT = "exception types, or a function of the error that is not async"
 
@@ -413,6 +417,8 @@ def _refuse_bad_options(options: Declaration) -> None:
                 _refuse_unless(_tells_transient(value), option, value, _TRANSIENT)
             case "name":
                 _refuse_unless(isinstance(value, str), option, value, "a name")
+            case "sandbox":
+                _refuse_unless(isinstance(value, bool), option, value, _SANDBOX)
             case "check" | "close" | "wait_closed" | "terminate":
                 _refuse_unless(isinstance(value, str) or callable(value), option, value, _STEP)
             case _:

@@ -38,6 +38,7 @@ class Options:
     close: Step | None = None
     wait_closed: Step | None = None
     terminate: Step | None = None
+    sandbox: bool = True
 
 
 if not TYPE_CHECKING:

@@ -37,10 +37,19 @@ NO_MESSAGE = (
     # The inner side of a machine: SQL, regular expressions, programs, configuration.
     *("SELECT ", "(?", "connection (refused|reset)|", "authentication|"),
     "<frozen importlib",
-    *("local redis, server = ", "lifekit refuses ", "\nimport ctypes", "requirepass "),
+    *(
+        "\nlocal now",
+        "\nredis.call",
+        "local redis, server = ",
+        "lifekit refuses ",
+        "\nimport ctypes",
+        "requirepass ",
+    ),
     *("session authorization", "time zone"),
     # What others say, and lifekit looks for.
     *("All connection attempts failed", "slots are not covered"),
+    # Names of packages.
+    "\n        a",
     # How something is called, where a message or a picture puts it in.
     *(
         "a pool of ",

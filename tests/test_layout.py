@@ -147,6 +147,7 @@ DOORS = {
     ("lifekit", "lifekit.drivers"): {"Driver"},
     ("lifekit._registry", "lifekit.asgi"): {"bind_requests"},
     ("lifekit._closing", "lifekit.drivers"): set[str](),
+    ("lifekit._closing", "lifekit.sandbox._stores"): {"refusal"},
     ("lifekit._engine", "lifekit.drivers"): set[str](),
     ("lifekit._lifespan", "lifekit.drivers"): set[str](),
     ("lifekit._lifespan", "lifekit.sandbox._by_gateway"): {"PostgresSandbox"},

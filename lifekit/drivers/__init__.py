@@ -53,6 +53,9 @@ class Sandbox:
     async def close(self) -> None:
         """Give up what the sandbox itself holds; the value's own closing follows."""
 
+    async def closed(self) -> None:
+        """Give up what the value's own closing, as the end of a generator, still ran in."""
+
     def terminate(self) -> None:
         """Cut off what the sandbox itself holds: an `end` took too long, or the value is cut off."""
 
@@ -149,6 +152,7 @@ _BUILT_IN = {
     "psycopg_pool.pool.ConnectionPool": "psycopg.sync_driver",
     "redis.asyncio.client.Redis": "redis",
     "redis.asyncio.cluster.RedisCluster": "redis",
+    "redis.asyncio.connection.ConnectionPool": "redis",
     "httpx.AsyncClient": "httpx",
     "httpx2.AsyncClient": "httpx",
     "sqlalchemy.engine.base.Engine": "sqlalchemy.sync_driver",

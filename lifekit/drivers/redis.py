@@ -1,4 +1,4 @@
-"""What lifekit knows about redis.asyncio's clients, from redis-py 8.1 and 5.0."""
+"""What lifekit knows about redis.asyncio's clients and pools, from redis-py 8.1 and 5.0."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import Redis, RedisCluster, SSLConnection
+from redis.asyncio import ConnectionPool, Redis, RedisCluster, SSLConnection
 
 from lifekit._backend import running_loop
 from lifekit._errors import DeclarationError
 from lifekit._redact import redact
 
-from . import Driver, Sandbox, judge
+from . import Driver, Gateway, Sandbox, judge
 
-Client = Redis | RedisCluster
+Client = Redis | RedisCluster | ConnectionPool
 
 _MEND = "Make the client in the factory, so that each lifespan gets its own."
 
 
 class RedisDriver(Driver[Client]):
-    """Clients of redis.asyncio, of one server and of a cluster."""
+    """Clients of redis.asyncio, of one server and of a cluster, and pools that clients are given."""
 
     async def open(self, value: Client) -> Client:
         """Take a client that works in no other loop; one of a cluster learns its nodes."""
@@ -32,14 +32,14 @@ class RedisDriver(Driver[Client]):
                 raise DeclarationError(f"this redis cluster client is closed already. {_MEND}")
             await client.initialize()
         else:
-            pool = client.connection_pool
+            pool = _pool(client)
             for connection in _connections(client):  # undoes `_seal`
                 connection.redis_connect_func = pool.connection_kwargs.get("redis_connect_func")
         return value
 
     async def check(self, value: Client) -> None:
         """Send a PING, in a cluster to each node."""
-        client: Any = value
+        client: Any = Redis(connection_pool=value) if isinstance(value, ConnectionPool) else value
         await client.ping()
 
     async def close(self, value: Client) -> None:
@@ -48,6 +48,8 @@ class RedisDriver(Driver[Client]):
         connections = _seal(client)
         if isinstance(value, RedisCluster):
             await client.aclose()
+        elif isinstance(value, ConnectionPool):
+            await client.disconnect()
         else:
             await client.aclose(close_connection_pool=True)
         # RedisCluster.aclose() does nothing while the client means to look at the nodes again.
@@ -61,22 +63,33 @@ class RedisDriver(Driver[Client]):
         _cut(_seal(client))
         if isinstance(value, RedisCluster):
             client._initialize = True  # its mark of being closed, for which `__del__` looks
-        else:
+        elif isinstance(value, Redis):
             client.connection = None  # the only one of `single_connection_client`: likewise
 
     def describe(self, value: Client) -> str:
         """Return where it connects to."""
         return redact(_description(value))
 
-    def sandbox(self, value: Client) -> Sandbox | None:
-        """Let the client, inside a block, work in a database that it leases."""
+    def redirect(self, value: Client, gateway: Gateway) -> Sandbox | None:
+        """Let the client work in a database that its lifespan leases."""
         from lifekit.sandbox.redis import sandbox
 
-        return sandbox(value, self.describe(value))
+        return sandbox(value, self.describe(value), gateway)
+
+    async def reconnect(self, value: Client) -> None:
+        """Lease that database, and let what connects from now on select it."""
+        from lifekit.sandbox.redis import enter
+
+        if _is_here(value):  # else `open` refuses it: it is another's
+            await enter(value)
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or a cluster is forming."""
         return judge(error) is True
+
+
+def _pool(client: Any) -> Any:
+    return client if isinstance(client, ConnectionPool) else client.connection_pool
 
 
 def _connections(client: Any) -> Sequence[Any]:
@@ -85,7 +98,7 @@ def _connections(client: Any) -> Sequence[Any]:
         # A node may stand in both as two objects, each with connections of its own.
         nodes: Any = [*manager.startup_nodes.values(), *manager.nodes_cache.values()]
         return list({connection for node in nodes for connection in node._connections})
-    pool = client.connection_pool
+    pool = _pool(client)
     return [*pool._available_connections, *pool._in_use_connections]
 
 
@@ -106,7 +119,7 @@ def _seal(client: Any) -> Sequence[Any]:
         client.nodes_manager.startup_nodes.clear()
         busy: Sequence[Any] = connections
     else:
-        busy = list(client.connection_pool._in_use_connections)
+        busy = list(_pool(client)._in_use_connections)
     for connection in busy:
         connection.retry._retries = 0
         connection.redis_connect_func = _refuse
@@ -128,7 +141,7 @@ def _description(client: Any) -> str:
     if isinstance(client, RedisCluster):
         nodes = {**client.nodes_manager.startup_nodes, **client.nodes_manager.nodes_cache}
         return f"redis cluster client, redis://{','.join(nodes)}"
-    pool = client.connection_pool
+    pool = _pool(client)
     if hasattr(pool, "service_name"):
         return f"redis client, sentinel service {pool.service_name}"
     given: dict[str, Any] = pool.connection_kwargs

@@ -250,8 +250,8 @@ class UnsupportedSandbox(Sandbox):
         return SandboxUnsupportedError(
             f"a SQLAlchemy engine on {self._name} can't be sandboxed, one on postgresql with asyncpg, "
             "psycopg, psycopg2 or pg8000 can. Let the engine's factory make that under test, override "
-            'the resource, or run the test without a sandbox: @pytest.mark.lifekit(isolation="none"), '
-            "on a database of its own."
+            'the resource, run the test without a sandbox, @pytest.mark.lifekit(isolation="none"), '
+            "or say in its declaration that it may last: @registry.resource(…, sandbox=False)."
         )
 
     async def begin(self) -> None:

@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
+from weakref import WeakSet
 
 from lifekit._errors import SandboxUnsupportedError
 
@@ -18,15 +19,42 @@ _INSTEAD = (
     "Do it before the sandbox begins, or run this test without one: "
     '@pytest.mark.lifekit(isolation="none").'
 )
-_REACH = "it reaches beyond the one database that this test has"
+_ELSEWHERE = "A client may do it that is declared with @registry.resource(…, sandbox=False)."
+_REACH = "it reaches beyond the one database that this client has under test"
+_UNKNOWN = "lifekit does not know what it reaches"
 _SERVER = "it is about the server, where it would outlast the test and touch others"
 _SEES = "it shows what every client of the server does"
 
 _WAYS_OUT: Mapping[str, str] = {
-    "FLUSHALL": "FLUSHDB empties the database that this test has.",
+    "FLUSHALL": "FLUSHDB empties the database that this client has.",
     "SELECT": "Make a client for each database, with its `db`, as a resource of its own.",
     "RESET": "Give the connection back: it puts the server's side of it in order.",
 }
+_PLAIN = """
+    APPEND BITCOUNT BITFIELD BITFIELD_RO BITOP BITPOS DECR DECRBY DELEX DELIFEQ DIGEST GET GETBIT GETDEL
+    GETEX GETRANGE GETSET INCR INCRBY INCRBYFLOAT INCREX LCS MGET MSET MSETEX MSETNX PSETEX SET SETBIT
+    SETEX SETNX SETRANGE STRLEN SUBSTR HDEL HEXISTS HEXPIRE HEXPIREAT HEXPIRETIME HGET HGETALL HGETDEL
+    HGETEX HINCRBY HINCRBYFLOAT HKEYS HLEN HMGET HMSET HPERSIST HPEXPIRE HPEXPIREAT HPEXPIRETIME HPTTL
+    HRANDFIELD HSCAN HSET HSETEX HSETNX HSTRLEN HTTL HVALS BLMOVE BLMOVEM BLMPOP BLPOP BRPOP BRPOPLPUSH
+    LINDEX LINSERT LLEN LMOVE LMOVEM LMPOP LPOP LPOS LPUSH LPUSHX LRANGE LREM LSET LTRIM RPOP RPOPLPUSH
+    RPUSH RPUSHX SADD SCARD SDIFF SDIFFCARD SDIFFSTORE SINTER SINTERCARD SINTERSTORE SISMEMBER SMEMBERS
+    SMISMEMBER SMOVE SPOP SRANDMEMBER SREM SSCAN SUNION SUNIONCARD SUNIONSTORE BZMPOP BZPOPMAX BZPOPMIN
+    ZADD ZCARD ZCOUNT ZDIFF ZDIFFSTORE ZINCRBY ZINTER ZINTERCARD ZINTERSTORE ZLEXCOUNT ZMPOP ZMSCORE
+    ZPOPMAX ZPOPMIN ZRANDMEMBER ZRANGE ZRANGEBYLEX ZRANGEBYSCORE ZRANGESTORE ZRANK ZREM ZREMRANGEBYLEX
+    ZREMRANGEBYRANK ZREMRANGEBYSCORE ZREVRANGE ZREVRANGEBYLEX ZREVRANGEBYSCORE ZREVRANK ZSCAN ZSCORE
+    ZUNION ZUNIONSTORE GEOADD GEODIST GEOHASH GEOPOS GEORADIUS GEORADIUSBYMEMBER GEORADIUSBYMEMBER_RO
+    GEORADIUS_RO GEOSEARCH GEOSEARCHSTORE XACK XACKDEL XADD XAUTOCLAIM XCFGSET XCLAIM XDEL XDELEX XGROUP
+    XINFO XLEN XNACK XPENDING XRANGE XREAD XREADGROUP XREVRANGE XSETID XTRIM ARCOUNT ARDEL ARDELRANGE
+    ARGET ARGETRANGE ARGREP ARINFO ARINSERT ARLASTITEMS ARLEN ARMGET ARMSET ARNEXT AROP ARRING ARSCAN
+    ARSEEK ARSET PFADD PFCOUNT PFMERGE VADD VCARD VDIM VEMB VGETATTR VINFO VISMEMBER VLINKS VRANDMEMBER
+    VRANGE VREM VSETATTR VSIM DBSIZE DEL DUMP EXISTS EXPIRE EXPIREAT EXPIRETIME FLUSHDB KEYS OBJECT
+    PERSIST PEXPIRE PEXPIREAT PEXPIRETIME PTTL RANDOMKEY RENAME RENAMENX RESTORE SCAN SORT SORT_RO TOUCH
+    TTL TYPE UNLINK COMMAND ECHO FCALL FCALL_RO INFO LASTSAVE LOLWUT PING QUIT ROLE TIME WAIT WAITAOF
+"""
+PLAIN = frozenset(_PLAIN.split())
+"""Commands that reach the one database, or nothing: most need not be looked at."""
+_MODULES = ("BF.", "CF.", "CMS.", "JSON.", "TDIGEST.", "TOPK.", "TS.")
+"""How commands of modules begin that reach the one database. FT. reaches the server's indexes."""
 _BEYOND = frozenset({"FLUSHALL", "MIGRATE", "MOVE", "RESET", "SELECT", "SWAPDB"})
 _OF_SERVER = frozenset(
     {"BGREWRITEAOF", "BGSAVE", "DEBUG", "FAILOVER", "PFDEBUG", "PSYNC", "REPLCONF", "REPLICAOF"}
@@ -51,7 +79,7 @@ _HARMLESS: Mapping[str, frozenset[str]] = {
     }.items()
 }
 # What stays with a connection that is given back, of which nobody else may see anything.
-_LASTING = frozenset({"ASKING", "AUTH", "HELLO", "READONLY", "READWRITE"})
+_LASTING = frozenset({"ASKING", "AUTH", "HELLO", "HIMPORT", "READONLY", "READWRITE"})
 _LASTING_OF_CLIENT = frozenset(
     {"CACHING", "CAPA", "NO-EVICT", "NO-TOUCH", "SETINFO", "SETNAME", "TRACKING"}
 )
@@ -64,20 +92,9 @@ _RUNNING: Mapping[str, str] = {
     "EVALSHA": "EVAL",
     "EVALSHA_RO": "EVAL_RO",
 }
-_SPECIAL = frozenset(
-    {"COPY", "MONITOR", "PUBLISH", "PUBSUB", "SPUBLISH", "SCRIPT"}
-    | _BEYOND
-    | _OF_SERVER
-    | set(_HARMLESS)
-    | SUBSCRIBING
-    | UNSUBSCRIBING
-    | set(_RUNNING)
+_WAITING = frozenset(
+    {"BLMOVE", "BLMOVEM", "BLMPOP", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZMPOP", "BZPOPMAX", "BZPOPMIN"}
 )
-# Of what waits, where the time limit stands.
-_WAITING: Mapping[str, int] = {
-    **dict.fromkeys(("BLMOVE", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZPOPMAX", "BZPOPMIN"), -1),
-    **dict.fromkeys(("BLMPOP", "BZMPOP"), 0),
-}
 _IN_TRANSACTION: Mapping[str, bool] = {
     "DISCARD": False,
     "EXEC": False,
@@ -85,6 +102,11 @@ _IN_TRANSACTION: Mapping[str, bool] = {
     "UNWATCH": False,
     "WATCH": True,
 }
+
+
+_KNOWN = PLAIN.union(
+    {"COPY", "MONITOR", "PUBLISH", "PUBSUB", "SPUBLISH"}, _LASTING, _OF_SERVER, _HARMLESS
+) | SUBSCRIBING.union(UNSUBSCRIBING, _RUNNING, _IN_TRANSACTION)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,11 +124,6 @@ def split(args: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
     return found[0].upper(), (*found[1:], *args[1:])
 
 
-def is_special(name: str) -> bool:
-    """Return whether a command must be looked at: most need not."""
-    return name in _SPECIAL
-
-
 def lasts(name: str, rest: Sequence[Any]) -> bool:
     """Return whether a command leaves something on its connection."""
     return name in _LASTING or (name == "CLIENT" and _word(rest) in _LASTING_OF_CLIENT)
@@ -118,35 +135,35 @@ def in_transaction(name: str) -> bool | None:
 
 
 def waits(name: str, rest: Sequence[Any]) -> bool:
-    """Return whether a command waits at the server, for a limited time."""
+    """Return whether a command waits at the server for what others do."""
     if name in {"XREAD", "XREADGROUP"}:
-        told = [_text(each) for each in rest]
-        limit: Any = rest[told.index("BLOCK") + 1] if "BLOCK" in told[:-1] else 0
-    else:
-        limit = rest[_WAITING[name]] if name in _WAITING and rest else 0
-    return _text(limit) not in {"0", "0.0"} if isinstance(limit, str | bytes) else bool(limit)
+        return "BLOCK" in map(_text, rest)
+    return name in _WAITING
 
 
-def refuse(name: str, rest: Sequence[Any]) -> None:
-    """Raise `SandboxUnsupportedError` for a command that would outlive or leave the database."""
-    told, why = name, None
+def refuse(name: str, rest: Sequence[Any], *, in_block: bool) -> None:
+    """Raise `SandboxUnsupportedError` for a command that would leave the database.
+
+    In a block it is also raised for what would outlive that, as it is about the server.
+    """
     if name in _BEYOND or (name == "COPY" and any(_text(each) == "DB" for each in rest[2:])):
-        told, why = ("COPY … DB" if name == "COPY" else name), _REACH
-    elif name in _OF_SERVER:
-        why = _SERVER
-    elif name == "MONITOR":
-        why = _SEES
-    elif name in _HARMLESS and _word(rest) not in _HARMLESS[name]:
-        told, why = f"{name} {_word(rest)}", _SERVER
-    if why is not None:
-        raise refusal(told, why)
+        raise refusal("COPY … DB" if name == "COPY" else name)
+    if not (name in _KNOWN or name.startswith(_MODULES)):
+        raise refusal(name, _UNKNOWN)
+    if not in_block:
+        return
+    if name in _OF_SERVER:
+        raise refusal(name, _SERVER)
+    if name == "MONITOR":
+        raise refusal(name, _SEES)
+    if name in _HARMLESS and _word(rest) not in _HARMLESS[name] and not lasts(name, rest):
+        raise refusal(f"{name} {_word(rest)}", _SERVER)
 
 
 def refusal(name: str, why: str = _REACH) -> SandboxUnsupportedError:
     """Return the error for a command that is refused."""
-    return SandboxUnsupportedError(
-        f"{name} is refused in the sandbox: {why}. {_WAYS_OUT.get(name, _INSTEAD)}"
-    )
+    way_out = _WAYS_OUT.get(name, _ELSEWHERE if why in {_REACH, _UNKNOWN} else _INSTEAD)
+    return SandboxUnsupportedError(f"{name} is refused in the sandbox: {why}. {way_out}")
 
 
 class Channels:
@@ -158,14 +175,14 @@ class Channels:
 
     def __init__(self) -> None:
         self.end: bytes = b"lifekit-" + secrets.token_hex(4).encode()
-        """The channel on which PubSubs that subscribed outside are told of the end of a block."""
+        """The channel on which PubSubs that may outlive a block hear of its end."""
         self.prefix: bytes = self.end + b":"
         self.numbers: dict[bytes, bytes] = {}
         """The leased number in the place of each own one."""
-        self.is_heard: bool = False
-        """Whether a PubSub that subscribed outside hears what is published inside."""
         self.ended: int = 0
-        """How many ends it was told."""
+        """How many blocks have ended."""
+        self.listeners: WeakSet[Any] = WeakSet()
+        """The connections that hear of it."""
 
     def out(self, name: bytes) -> bytes:
         """Return what the server shall know the channel or pattern *name* as."""
@@ -190,7 +207,7 @@ class Channels:
 
     def owns(self, name: Any) -> bool:
         """Return whether *name*, as the server knows it, is one of this lifespan's."""
-        return self.back(name) != name or name in {self.end, self.end.decode()}
+        return bool(self.back(name) != name or name == self.end)
 
     def reply(self, reply: Any) -> Any:
         """Return a reply, or a message, with the names that the application knows."""
@@ -243,8 +260,8 @@ def script(
 @functools.lru_cache(maxsize=1024)
 def is_plain(text: bytes) -> bool:
     """Return whether a script calls harmless commands only, by their names: it needs no guard."""
-    called = {name.upper() for _, name in _CALL.findall(text)}
-    return not called & _GUARDED and not _CALLING.search(_CALL.sub(b"", text))
+    called = {name.decode("latin-1").upper() for _, name in _CALL.findall(text)}
+    return called <= PLAIN and not _CALLING.search(_CALL.sub(b"", text))
 
 
 def script_text(name: str, rest: Sequence[Any], encode: Any) -> bytes | None:
@@ -259,7 +276,9 @@ def script_text(name: str, rest: Sequence[Any], encode: Any) -> bytes | None:
 def refused_in_script(error: Exception) -> SandboxUnsupportedError | None:
     """Return the error for what a guarded script was refused, if that is what the server tells."""
     found = _REFUSED.search(str(error))
-    return refusal(found[1]) if found else None
+    if found is None:
+        return None
+    return refusal(found[1], _REACH if found[1] in _KNOWN | _BEYOND else _UNKNOWN)
 
 
 _MESSAGES = frozenset(
@@ -277,16 +296,19 @@ def _renumbered(found: re.Match[bytes], numbers: Mapping[bytes, bytes]) -> bytes
 
 _CALL = re.compile(rb"\b(?:redis|server)\.p?call\s*\(\s*(['\"])(\w+)\1\s*(?=[,)])")
 _CALLING = re.compile(rb"\b(?:redis|server)\b(?!\.\w)|call\b|\b(?:_G|\w*fenv|load\w*)\b")
-_REFUSED_IN_SCRIPTS = ("FLUSHALL", "MIGRATE", "MOVE", "PUBSUB", "SELECT", "SWAPDB")
-_GUARDED = frozenset(map(str.encode, (*_REFUSED_IN_SCRIPTS, "COPY", "PUBLISH", "SPUBLISH")))
-_REFUSED = re.compile(r"lifekit refuses ([A-Z]+)")
+_REFUSED = re.compile(r"lifekit refuses ([A-Z0-9_.]+)")
+# What no script may call, the server refuses in its own words.
+_IN_SCRIPTS = " ".join(sorted(_KNOWN - {"LATENCY", "PUBSUB", "SLOWLOG"}))
+_MODULES_IN_SCRIPTS = ", ".join(f"['{each}']=1" for each in _MODULES)
 _GUARD = (
     "local redis, server = (function(real) "
-    f"local refused = {{{', '.join(f'{name}=1' for name in _REFUSED_IN_SCRIPTS)}}} "
+    f"local known = ' {_IN_SCRIPTS} ' "
+    f"local modules = {{{_MODULES_IN_SCRIPTS}}} "
     "local function guard(...) local name, first = ... "
     "if type(name) ~= 'string' then return ... end "
     "local upper = string.upper(name) "
-    "local refuse = refused[upper] "
+    "local refuse = not (string.find(known, ' ' .. upper .. ' ', 1, true) "
+    "or modules[string.match(upper, '^%%u+%%.')]) "
     "if upper == 'COPY' then for _, each in ipairs({...}) do "
     "if _ > 3 and string.upper(tostring(each)) == 'DB' then refuse = 1 end end end "
     "if refuse then error('lifekit refuses ' .. upper, 0) end "

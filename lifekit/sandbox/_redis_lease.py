@@ -11,6 +11,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 from redis import exceptions
@@ -47,12 +48,17 @@ class Link:
         async with asyncio.timeout(_SECONDS):
             await self._connection.connect()
 
-    async def ask(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """Send commands in one message, and return the replies; a refusal stands as an exception."""
+    async def ask(self, *commands: tuple[Any, ...] | bytes) -> list[Any]:
+        """Send commands, packed or not, in one message, and return the replies.
+
+        A refusal stands as an exception.
+        """
         connection = self._connection
         if self.is_lost():
             raise exceptions.ConnectionError("the connection is closed")
-        connection._writer.writelines(connection.pack_commands(commands))
+        for each in commands:
+            packed = [each] if isinstance(each, bytes) else connection.pack_command(*each)
+            connection._writer.writelines(packed)
         replies: list[Any] = []
         async with asyncio.timeout(_SECONDS):
             for _ in commands:
@@ -78,101 +84,201 @@ class Link:
 
 def cut(connection: Any) -> None:
     """Close a connection of redis.asyncio at once."""
+    if (passing := getattr(connection, "_filter", None)) is not None:
+        passing.left()
     if connection._writer is not None:
         connection._writer.transport.abort()
     connection._reader = connection._writer = None
 
 
-class Lease:
-    """A database number, its own for as long as the link lives."""
+Snapshot = bytes
+"""The command that puts a database back as it was, packed, since that takes longer than the rest."""
 
-    def __init__(self, link: Link, number: int, server: str, channels: Channels) -> None:
-        self.number = number
-        self.server = server
+
+class Lease:
+    """A database number that one lifespan has for its own, and what its blocks found there.
+
+    It is on it from its opening to its closing. Clients of one database share a lease, as they do that.
+    """
+
+    def __init__(self, own: int, server: str, channels: Channels) -> None:
+        self.own = own
+        self.number: int = 0
         self.channels = channels
-        self.sandboxes: set[Any] = set()
-        self.active: set[Any] = set()
+        self.sandboxes: list[Any] = []
         self.touched: bool = False
-        self.dirty: bool = False
+        """Whether something was sent since what the database holds was last known."""
+        self.abandoned: set[int] = set()
+        """Connections that ended amid a command, of which the server may have read nothing yet."""
+        self._server = server
+        self._link: Link | None = None
+        self._found: list[Snapshot] = []  # of each block that runs, the outermost first
+        self._holds: Snapshot = _EMPTY  # as of when nothing was sent
+
+    @property
+    def in_block(self) -> bool:
+        """Whether a block runs."""
+        return bool(self._found)
+
+    async def open(self, link: Link, kept: Collection[int]) -> None:
+        """Lease a number that nobody else has."""
+        former, self._link = self.number or None, None
+        self.number = await take(link, self.own, kept, self._server, former)
         self._link = link
+        self.channels.numbers[b"%d" % self.own] = b"%d" % self.number
 
     def is_lost(self) -> bool:
         """Return whether another may have the number by now."""
-        return self._link.is_lost()
+        return self._link is None or self._link.is_lost() or self._link.is_cut()
 
-    def is_cut(self) -> bool:
-        """Return whether the server has ended it, of which the loop may know nothing yet."""
-        return self._link.is_cut()
-
-    async def undo(self) -> None:
-        """Empty the database.
+    async def begin(self, depth: int) -> None:
+        """Begin a block, unless it has begun for another client: the one of that depth.
 
         Raises:
-            SandboxEscapedError: It could not be.
+            SandboxEscapedError: The lease was lost, with what the database held.
         """
         if self.is_lost():
-            raise self._lost("its connection broke")
-        if not self.touched:
+            if self.touched:
+                raise self._lost("its connection broke")
+            await self._renew()
+        if depth <= len(self._found):
             return
-        commands: list[tuple[Any, ...]] = [("FLUSHDB",)]
-        if self.channels.is_heard:  # what they have not read yet came before this
-            commands.append(("PUBLISH", self.channels.end, ""))
+        if self.touched:
+            *_, kept = await self._ask(*self._kills(), ("EVAL", _SAVE, 0))
+            self._holds, self.touched = _packed("EVAL", _RESTORE, 0, *kept) if kept else _EMPTY, False
+        self._found.append(self._holds)
+
+    async def end(self) -> None:
+        """Put back what the innermost block found, once no client is in it any more.
+
+        Raises:
+            SandboxEscapedError: That could not be done.
+        """
+        depth = max((each.depth for each in self.sandboxes), default=0)
+        while len(self._found) > depth:
+            found = self._found.pop()
+            if self.is_lost():
+                self._holds, self.touched = found, False
+                with suppress(Exception):  # the server may be there, and what was done with it
+                    async with asyncio.timeout(_SECONDS):
+                        await self._renew()
+                raise self._lost("its connection broke")
+            if self.touched or found != self._holds:
+                await self._put_back(found)
+
+    async def _put_back(self, found: Snapshot) -> None:
+        commands: list[tuple[Any, ...] | bytes] = [*self._kills(), found]
+        listeners = self.channels.listeners
+        if listeners:  # what they have not read yet came before this
             self.channels.ended += 1
+            commands.append(("PUBLISH", self.channels.end, self.channels.ended))
         try:
-            if self.dirty:
-                commands = [*await self._rest(), *commands]
+            heard = (await self._ask(*commands))[-1]
+            for _ in range(100):
+                if not listeners or heard >= len(listeners):
+                    break
+                [heard] = await self._ask(commands[-1])  # a subscription was on its way
+        except exceptions.ResponseError as error:
+            self.give_up()  # so that the next block is on one that holds what it should
+            raise SandboxEscapedError(
+                f"database {self.number} could not be put back as the test found it: {summary(error)}"
+            ) from error
+        finally:
+            self._holds, self.touched = found, False
+
+    async def _ask(self, *commands: tuple[Any, ...] | bytes) -> list[Any]:
+        assert self._link is not None
+        try:
             replies = await self._link.ask(*commands)
         except FAILURES as error:
             self._link.cut()
             raise self._lost(summary(error)) from error
-        self.touched = self.dirty = False
         for command, reply in zip(commands, replies, strict=True):
-            if isinstance(reply, Exception) and command[0] != "CLIENT":
-                raise SandboxEscapedError(
-                    f"database {self.number} could not be emptied at the end: {summary(reply)}"
-                ) from reply
+            if isinstance(reply, Exception) and command[0] != "CLIENT":  # that went by itself
+                raise reply
+        return replies
 
-    async def _rest(self) -> list[tuple[Any, ...]]:
-        # A connection that was cut may still have sent what the server has not read.
-        [clients] = await self._link.ask(("CLIENT", "LIST"))
-        return [
-            ("CLIENT", "KILL", "ID", client["id"])
-            for client in lines_of(clients)
-            if client.get("db") == str(self.number) and not client["name"].startswith(_NAME)
-        ]
+    def _kills(self) -> list[tuple[Any, ...]]:
+        kills: list[tuple[Any, ...]] = [("CLIENT", "KILL", "ID", each) for each in self.abandoned]
+        self.abandoned.clear()
+        return kills
+
+    async def _renew(self) -> None:
+        """Lease another number, with what the lost one held."""
+        if self._link is not None:
+            self._link.cut()
+        for each in self.sandboxes:
+            each.cut()
+        link = Link(self.sandboxes[0].connection())
+        try:
+            await link.connect()
+            await self.open(link, {self.own})
+        except BaseException:
+            link.cut()
+            raise
+        await self._ask(self._holds)
 
     def _lost(self, why: str) -> SandboxEscapedError:
         return SandboxEscapedError(
-            f"the sandbox lost its lease on database {self.number} before it could empty it: {why}. "
+            f"the sandbox lost its lease on database {self.number} before it could put back what the "
+            f"test found: {why}. "
             "Either the server went away (what does its log say?), or it closes connections that are "
             "idle or that somebody kills: let `timeout` be 0 in its configuration. What this test did "
             "may have been seen, or changed, by who leased the number since."
         )
 
-    async def count_listeners(self) -> int:
-        """Return how many connections the server knows to hear what ends a block."""
-        [reply] = await self._link.ask(("PUBSUB", "NUMSUB", self.channels.end))
-        return int(_second(reply))
+    async def are_blocked(self, clients: Collection[int]) -> bool:
+        """Return whether connections wait at the server: none is about to get what it waits for."""
+        [listed] = await self._ask(("CLIENT", "LIST", "ID", *clients))
+        blocked = {each["id"] for each in lines_of(listed) if "b" in each["flags"]}
+        return blocked >= {str(each) for each in clients}
 
-    async def unblock(self, connections: Collection[Any]) -> set[Any]:
-        """Let commands that wait end as if their time were over; return where there was one."""
-        asked = [each for each in connections if each.is_connected]
-        if not asked:
-            return set()
-        if any(each._gate.client_id is None for each in asked):
-            [clients] = await self._link.ask(("CLIENT", "LIST"))
-            known = {client["addr"]: client["id"] for client in lines_of(clients)}
-            for each in asked:
-                each._gate.client_id = known.get(_address(each), "0")
-        replies = await self._link.ask(*(("CLIENT", "UNBLOCK", each._gate.client_id) for each in asked))
-        return {each for each, reply in zip(asked, replies, strict=True) if reply == 1}
+    async def leave(self, sandbox: Any) -> bool:
+        """Give the number up, empty, once nobody of the lifespan needs it, and return whether."""
+        if sandbox in self.sandboxes:
+            self.sandboxes.remove(sandbox)
+        if self.sandboxes:
+            return False
+        if not self.is_lost():
+            with suppress(SandboxEscapedError, exceptions.ResponseError):
+                await self._ask(*self._kills(), ("FLUSHDB",))
+        self.give_up()
+        return True
 
-    def leave(self, sandbox: Any) -> None:
-        """Give the number up, once nobody of the lifespan needs it."""
-        self.sandboxes.discard(sandbox)
-        self.active.discard(sandbox)
-        if not self.sandboxes:
+    def give_up(self) -> None:
+        """Give the number up as it is. What it held before the blocks that run is put into the next."""
+        if self._link is not None:
             self._link.cut()
+        if self._found:
+            self._holds, self.touched = self._found[0], False
+            self._found.clear()
+
+
+def _packed(*args: str | int | bytes) -> bytes:
+    """Return a command as it is sent."""
+    packed = [each if isinstance(each, bytes) else str(each).encode() for each in args]
+    return b"*%d\r\n" % len(packed) + b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in packed)
+
+
+_EMPTY = _packed("FLUSHDB")
+"""Of each key: its name, when it expires in milliseconds of the epoch or 0, its dump."""
+_SAVE = """
+local now, found = redis.call('TIME'), {}
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  local left, dump = redis.call('PTTL', key), redis.call('DUMP', key)
+  if dump then
+    found[#found + 1] = key
+    found[#found + 1] = left >= 0 and string.format('%.0f', now + left) or '0'
+    found[#found + 1] = dump
+  end
+end
+return found
+"""
+_RESTORE = """
+redis.call('FLUSHDB')
+for i = 1, #ARGV, 3 do redis.call('RESTORE', ARGV[i], ARGV[i + 1], ARGV[i + 2], 'ABSTTL') end
+"""
 
 
 async def take(
@@ -180,9 +286,8 @@ async def take(
     own: int,
     kept: Collection[int],
     server: str,
-    channels: Channels,
     former: int | None = None,
-) -> Lease:
+) -> int:
     """Lease a number that nobody else has, and empty it.
 
     *own* is what the application's settings say, *kept* are the numbers that must not be touched;
@@ -213,7 +318,8 @@ async def take(
     taken = {int(name.removeprefix(_NAME).partition(":")[0]) for name in leased}
     free = set(range(1, int(_setting(databases, b"16")))) - set(kept) - {own} - taken
     who = f"{os.getpid()}@{socket.gethostname()}".replace(" ", "-")
-    for number in sorted(free, key=lambda each: (each != former, each in full, each)):
+    # Applications' own settings name low numbers, some of them of clients that open later.
+    for number in sorted(free, key=lambda each: (each != former, each in full, -each)):
         *_, done = await link.ask(
             ("MULTI",),
             ("CLIENT", "SETNAME", f"{_NAME}{number}:{who}"),
@@ -228,8 +334,7 @@ async def take(
             for reply in await link.ask(("SELECT", number), ("FLUSHDB",)):
                 if isinstance(reply, Exception):
                     raise reply
-            channels.numbers[b"%d" % own] = b"%d" % number
-            return Lease(link, number, server, channels)
+            return number
     _, clients = await link.ask(("CLIENT", "SETNAME", ""), ("CLIENT", "LIST"))
     raise _all_leased(server, clients)
 
@@ -242,11 +347,6 @@ def _all_leased(server: str, clients: bytes) -> SandboxBusyError:
         f"settings name:\n{''.join(sorted(lines))}(number, process and host, address). Let one end, or "
         "give the server more: `databases 64` in its configuration."
     )
-
-
-def _address(connection: Any) -> str:
-    name = connection._writer.get_extra_info("sockname")
-    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else ""
 
 
 def _setting(reply: Any, default: bytes) -> bytes:

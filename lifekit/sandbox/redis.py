@@ -1,317 +1,313 @@
 """The sandbox of redis.asyncio's clients, learned from `connection.py` and `client.py` of redis-py 8.1.
 
-Inside a block the client's pool is the same object with other connections, which select a leased
-database. So whoever holds the client or its pool is inside, and the pool's own code limits, queues
-and retries. Each connection, of either kind, is mixed with a gate at which every command passes, be
-it of a pipeline, a lock, a script or a PubSub.
+As a client opens, before the application writes anything with it, its pool is put on a leased database,
+and stays there until it closes. Each block keeps what the database held, and puts it back. All that the
+pool's connections send passes a filter, be it of a pipeline, a lock, a script or a PubSub.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 from redis.asyncio import RedisCluster
 
 from lifekit._errors import SandboxError, SandboxEscapedError, SandboxUnsupportedError
-from lifekit._sandbox import current_block, refuse_stragglers
+from lifekit._sandbox import refuse_stragglers
 from lifekit.drivers import Sandbox
+from lifekit.drivers._checkouts import Checkout, Checkouts
 
 from ._redis_commands import Channels
-from ._redis_gate import checkouts, guard, mixed
-from ._redis_lease import FAILURES, Lease, Link, cut, take
+from ._redis_filter import FilteredConnection, filtered, mixed
+from ._redis_lease import Lease, Link, cut
 
-_SECONDS = 5.0
-_open: WeakSet[RedisSandbox] = WeakSet()
-_leases: WeakKeyDictionary[object, dict[bytes, dict[int, Lease]]] = WeakKeyDictionary()
-"""Of each lifespan, by server and number: clients of one database share a lease, as they do that."""
+checkouts: Checkouts = Checkouts("redis")
+_sandboxes: WeakKeyDictionary[Any, RedisSandbox] = WeakKeyDictionary()
+"""By pool."""
+_leases: WeakKeyDictionary[object, Leases] = WeakKeyDictionary()
+"""By gateway, of which each lifespan has one."""
+_HOOKS = ("on_connect", "pack_command", "pack_commands", "read_response", "disconnect", "_writer")
 
 
-class _Connections(NamedTuple):
-    """What a pool works with: inside of a block other connections than outside."""
+class Leases:
+    """Those of one lifespan."""
 
-    available: list[Any]
-    in_use: Any
+    def __init__(self) -> None:
+        self.lock: asyncio.Lock = asyncio.Lock()
+        self.by_server: dict[bytes, dict[int, Lease]] = {}
 
 
 class RedisSandbox(Sandbox):
-    """The sandbox of one client of one server."""
+    """The sandbox of one pool, and of the clients that have it."""
 
-    nests = False
-
-    def __init__(self, client: Any, described: str) -> None:
-        self.active: bool = False
+    def __init__(self, pool: Any, described: str, leases: Leases) -> None:
+        self.own: int = int(pool.connection_kwargs.get("db") or 0)
         self.lease: Lease | None = None
-        self._cut_off: int | None = None  # the number of a block that was, which nobody emptied
-        self.own: int = int(client.connection_pool.connection_kwargs.get("db") or 0)
-        self.other: _Connections = _Connections([], set())
-        """The connections that the pool has when it is not as it is now."""
-        self._client = client
-        self._pool = client.connection_pool
-        self._single: Any = None
-        self._may_ask = asyncio.Event()
-        self._may_ask.set()
-        self._shared: dict[bytes, dict[int, Lease]] = {}
+        self.clients: list[Any] = []
+        """Those that may keep a connection of the pool for themselves."""
+        self.is_over: bool = False
+        self._users = 0
+        self._pool = pool
         self._described = described
-        self._kind: Any = type(self._pool)
-        _open.add(self)
+        self._leases = leases
+        self._kind: Any = type(pool)
+        self._connection_class: Any = pool.connection_class
+        self._refusal: SandboxError | None = None
+        self._begun: list[bool] = []  # of each block, whether it began
+
+    @property
+    def depth(self) -> int:
+        """How many blocks it is in."""
+        return sum(self._begun)
+
+    def share(self, client: Any) -> None:
+        """Note that one more value has the pool."""
+        self._users += 1
+        self.clients.append(client)
+
+    def serves(self, leases: Leases) -> bool:
+        """Return whether it is that of a lifespan's pool, still."""
+        return self._leases is leases and not self.is_over
+
+    # -- the leased database ---------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Put the pool on a leased database.
+
+        Where there can be none, the next block says why.
+
+        Raises:
+            SandboxBusyError: All are leased.
+        """
+        async with self._leases.lock:
+            if self.lease is None and self._refusal is None:
+                await self._move_in()
+
+    async def _move_in(self) -> None:
+        pool = self._pool
+        kept = {client.connection for client in self.clients if getattr(client, "connection", None)}
+        if not all(hasattr(self._connection_class, each) for each in _HOOKS):
+            self._refusal = _unknown_release(self._connection_class)
+        elif set(pool._in_use_connections) - kept:
+            self._refusal = _acquired_before(self._described)
+        else:
+            try:
+                self.lease = await self._join()
+            except SandboxUnsupportedError as error:
+                self._refusal = error
+        if self.lease is None:
+            return
+        for connection in (*pool._available_connections, *pool._in_use_connections):
+            await connection.disconnect()
+        self._forget_connections()
+        pool.connection_class = filtered(self._connection_class, self.lease)
+        pool.__class__ = mixed(SandboxedPool, self._kind)
+        pool._sandbox = self
+
+    async def _join(self) -> Lease:
+        """Return the lease of the clients of this database, a new one where there is none."""
+        link = Link(self.connection())
+        try:
+            await link.connect()
+            [info] = await link.ask(("INFO", "server"))
+            lines = [line.partition(b":") for line in bytes(info).splitlines()]
+            facts = {name: value for name, _, value in lines}
+            if b"cluster" in facts.get(b"redis_mode", facts.get(b"server_mode", b"")):
+                raise _no_cluster(self._described)
+            shared = self._leases.by_server.setdefault(facts[b"run_id"], {})
+            lease = shared.get(self.own)
+            if lease is not None and lease.sandboxes:
+                link.cut()
+            else:
+                channels = next((each.channels for each in shared.values()), None)
+                lease = Lease(self.own, self._described, channels or Channels())
+                await lease.open(link, {each.own for each in [*_open]})
+                shared[self.own] = lease
+        except BaseException:
+            link.cut()
+            raise
+        lease.sandboxes.append(self)
+        return lease
+
+    def connection(self) -> Any:
+        """Return a connection of the sandbox's own."""
+        options = {"encoding": "utf-8", "decode_responses": False}
+        return self._connection_class(**{**self._pool.connection_kwargs, **options})
+
+    def cut(self) -> None:
+        """Cut all connections off; those that are in use connect again when they are used."""
         for connection in (*self._pool._available_connections, *self._pool._in_use_connections):
-            guard(connection, self)
-        self._pool.__class__ = mixed(SandboxedPool, self._pool.__class__)
-        self._pool._sandbox = self
+            cut(connection)
+
+    def _forget_connections(self) -> None:
+        self._pool._available_connections.clear()
+        self._pool._in_use_connections.clear()
+        for client in self.clients:
+            if hasattr(client, "connection"):
+                client.connection = None
+
+    # -- blocks ----------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
-        """Put connections in the pool that select the leased database."""
-        if self.lease is None or self._must_leave(self.lease):
-            block = current_block.get()
-            if block is not None:
-                lifespan = block.lifespan
-                self._shared = _leases.setdefault(lifespan, {})
-            await self._take_lease()
-        assert self.lease is not None
-        self.lease.active.add(self)
-        self._swap()
-        self._single, self._client.connection = self._client.connection, None
-        self.active = True
-        await self._wake()
-        await self._let_listeners_hear(self.lease)
-        await self.lease.unblock([each for each in self.other.in_use if each._gate.waits])
+        """Keep what the database holds.
 
-    def _must_leave(self, lease: Lease) -> bool:
-        # A lifespan that opened since may have the number as its own.
-        return lease.is_lost() or lease.is_cut() or lease.number in {each.own for each in _open}
+        Raises:
+            SandboxUnsupportedError: The client could not be put on a leased one.
+            SandboxEscapedError: The lease was lost, with what it held.
+        """
+        self._begun.append(False)
+        if self._refusal is not None:
+            raise self._refusal
+        assert self.lease is not None
+        if self not in self.lease.sandboxes:  # it was cut off
+            self.lease.sandboxes.append(self)
+        await self.lease.begin(self.depth + 1)
+        self._begun[-1] = True
 
     async def end(self) -> None:
-        """Take them out, and empty the database."""
-        if not self.active:
+        """Cut off what the block did not give back, and put back what it found."""
+        if not self._begun or not self._begun.pop():
             return
         assert self.lease is not None
-        lease, single = self.lease, self._client.connection
-        self._client.connection = self._single
-        if single is not None and not single._gate.owed:
-            self._pool._in_use_connections.discard(single)
-            self._pool._available_connections.append(single)
-        await self._let_go(lease)
-        strays = list(self._pool._in_use_connections)
-        told = self._told(checkouts.lines(strays)) if strays else None
-        self._leave_block(strays)
-        self._may_ask.set()
+        await self._let_go(self.lease)
+        strays = [each for each in self._in_use() if _is_stray(each)]
+        told = self._told(strays) if strays else None
+        for connection in strays:
+            cut(connection)
+            connection._filter.is_over = True
+            self._pool._in_use_connections.discard(connection)
+        idle = self._pool._available_connections
+        for connection in [each for each in idle if each._filter.is_dirty]:
+            cut(connection)
+            idle.remove(connection)
+        for connection in self._kept_by_clients():
+            if connection._filter.is_dirty:
+                cut(connection)
         await self._wake()
         try:
-            if not lease.active:
-                if lease.dirty:
-                    for sandbox in lease.sandboxes:
-                        sandbox.drop_inside()
-                await lease.undo()
+            await self.lease.end()
         except SandboxEscapedError as error:
             if told is not None:
                 error.add_note(str(told))
-            with suppress(Exception):  # the server may be there, and what was done with it
-                async with asyncio.timeout(_SECONDS):
-                    await self._take_lease()
             raise
         if told is not None:
             raise told
 
+    def _kept_by_clients(self) -> list[Any]:
+        kept = (getattr(client, "connection", None) for client in self.clients)
+        return [each for each in kept if isinstance(each, FilteredConnection)]
+
+    def _in_use(self) -> list[Any]:
+        kept = self._kept_by_clients()
+        return [each for each in self._pool._in_use_connections if each not in kept]
+
     async def _let_go(self, lease: Lease) -> None:
-        """Let tasks that are about to end do so, and send workers that wait for a job outside."""
+        """Let tasks that are about to end do so, and workers that were given a job take it."""
         for _ in range(10):
-            busy: set[Any] = set()
             for turn in range(150):  # rounds of the loop, then 50 ms for what needs more than the loop
-                busy = set(self._pool._in_use_connections)
-                if all(each._gate.is_guest and each._gate.waits for each in busy):
+                if not any(map(_is_busy, self._in_use())):
                     break
                 await asyncio.sleep(0 if turn < 100 else 0.001)
-            else:
-                return  # strays
-            if not busy:
+            waiting = [each._filter for each in self._in_use() if each._filter.waits]
+            clients = [each.client_id for each in waiting if each.pending_replies and each.client_id]
+            if not clients or not lease.touched or await lease.are_blocked(clients):
                 return
-            self._may_ask.clear()
-            with suppress(*FAILURES):
-                waited = await lease.unblock(list(busy))
-                for turn in range(1100):  # its answer may take a moment
-                    if not waited & self._pool._in_use_connections:
-                        break
-                    await asyncio.sleep(0 if turn < 100 else 0.001)
-                if waited == busy:
-                    return
-            self._may_ask.set()  # one has got a job, which it may end
+            await asyncio.sleep(0)
 
-    async def may_ask(self, is_guest: bool) -> None:
-        """Wait, where a worker would ask for a connection of a block that ends."""
-        if is_guest:
-            await self._may_ask.wait()
+    async def _wake(self) -> None:
+        condition: asyncio.Condition | None = getattr(self._pool, "_condition", None)
+        if condition is not None:  # who waits for one of those that were cut off
+            async with condition:
+                condition.notify_all()
 
-    def _told(self, lines: Iterable[str]) -> SandboxEscapedError:
+    def _told(self, strays: Iterable[Any]) -> SandboxEscapedError:
         return SandboxEscapedError(
             f"when the sandbox of the {self._described} ended, this had not been given back:\n"
-            + "".join(f"  a connection acquired at {line}\n" for line in lines)
+            + "".join(f"  a connection acquired at {line}\n" for line in checkouts.lines(strays))
             + "Its code outlived the test. Let the test wait for it, or the application where it "
             "starts it; and give it back whatever happens: `async with client.pubsub() as pubsub`, "
             "`async with client.pipeline() as pipeline`. It was closed."
         )
 
-    async def close(self) -> None:
-        """Give up the lease, and leave the pool as it was."""
-        with suppress(SandboxEscapedError):
-            await self.end()
-        self.terminate()
-        _open.discard(self)
-        if isinstance(self._pool, SandboxedPool):
-            cast(Any, self._pool).__class__ = self._kind
+    # -- its end ---------------------------------------------------------------------------------------
+
+    async def closed(self) -> None:
+        """Give up the lease, and leave the pool as it was, once nobody has it any more."""
+        self._users -= 1
+        if self._users > 0:
+            return
+        while self._begun:
+            with suppress(SandboxEscapedError):
+                await self.end()
+        self.restore()
+        if self.lease is not None and await self.lease.leave(self):
+            for shared in self._leases.by_server.values():
+                if shared.get(self.own) is self.lease:
+                    del shared[self.own]
 
     def terminate(self) -> None:
-        """Cut off what is inside, and give up the lease; the next block takes another."""
-        self._may_ask.set()
-        if self.active:
-            self._client.connection = self._single
-            self._leave_block(list(self._pool._in_use_connections))
-        self.drop_inside()
+        """Cut all off, and give up the lease; the next block takes another."""
+        self._begun.clear()
         if self.lease is not None:
-            self._cut_off = self.lease.number
-            self.lease.leave(self)
-            self.lease = None
+            self.cut()
+            self.lease.give_up()
 
-    def drop_inside(self) -> None:
-        """Cut idle connections off that know the leased database."""
-        for connection in self.other.available:
-            cut(connection)
-        self.other.available.clear()
+    def restore(self) -> None:
+        """Leave the pool as it was."""
+        self.is_over = True
+        _open.discard(self)
+        if isinstance(self._pool, SandboxedPool):
+            self.cut()
+            self._forget_connections()
+            pool: Any = self._pool
+            pool.__class__, pool.connection_class = self._kind, self._connection_class
 
-    def guarded(self, connection: Any) -> Any:
-        """Make a new connection one of the block that runs, or one of outside."""
-        guard(connection, self)
-        if self.active and self.lease is not None:
-            connection.db = self.lease.number
-            connection._gate.inside = True
-        return connection
 
-    def _swap(self) -> None:
-        pool = self._pool
-        before = _Connections(pool._available_connections, pool._in_use_connections)
-        pool._available_connections, pool._in_use_connections = self.other
-        self.other = before
+_open: WeakSet[RedisSandbox] = WeakSet()
+"""Whose own databases are not leased."""
 
-    async def _wake(self) -> None:
-        condition: asyncio.Condition | None = getattr(self._pool, "_condition", None)
-        if condition is not None:  # others wait for a connection of those that are not there any more
-            async with condition:
-                condition.notify_all()
 
-    def _leave_block(self, strays: Iterable[Any]) -> None:
-        assert self.lease is not None
-        idle: list[Any] = self._pool._available_connections
-        for connection in strays:
-            connection._gate.is_over = True
-            cut(connection)
-            self.lease.dirty = True
-        for connection in [each for each in idle if each._gate.is_worn()]:
-            self.lease.dirty |= bool(connection._gate.owed)
-            cut(connection)
-            idle.remove(connection)
-        self._pool._in_use_connections = set()
-        self._swap()
-        self.active = False
-        self.lease.active.discard(self)
+def _is_stray(connection: Any) -> bool:
+    checkout: Checkout | None = connection._filter.checkout
+    return checkout is not None and checkout.block is not None and checkout.block.over
 
-    async def _take_lease(self) -> None:
-        self.drop_inside()
-        former = self.lease.number if self.lease is not None else self._cut_off
-        if self.lease is not None:
-            for connection in self._pool._in_use_connections:
-                if connection._gate.is_joined:  # to a number that may be another's by now
-                    cut(connection)
-                    connection._gate.renew()
-            self.lease.leave(self)
-            self.lease = None
-        connection = self._kind.make_connection(self._pool)
-        link = Link(connection)
-        try:
-            await link.connect()
-            [info] = await link.ask(("INFO", "server"))
-            facts = {
-                name: value
-                for line in bytes(info).splitlines()
-                for name, _, value in [line.partition(b":")]
-            }
-            if b"cluster" in facts.get(b"redis_mode", facts.get(b"server_mode", b"")):
-                raise _no_cluster(self._described)
-            leases = self._shared.setdefault(facts[b"run_id"], {})
-            lease = leases.get(self.own)
-            if lease is None or self._must_leave(lease) or not lease.sandboxes:
-                kept = {sandbox.own for sandbox in _open}
-                channels = next((each.channels for each in leases.values()), None) or Channels()
-                lease = await take(link, self.own, kept, self._described, channels, former)
-                leases[self.own] = lease
-            else:
-                link.cut()
-        except BaseException:
-            link.cut()
-            raise
-        lease.sandboxes.add(self)
-        self.lease = lease
 
-    async def _let_listeners_hear(self, lease: Lease) -> None:
-        """Let PubSubs that subscribed outside hear what is published inside, from now on."""
-        joining = [each for each in self.other.in_use if each._gate.may_join(each)]
-        if not joining:
-            return
-        before = await lease.count_listeners()
-        for connection in joining:
-            connection._gate.join(connection, lease)
-        try:
-            async with asyncio.timeout(_SECONDS):
-                while await lease.count_listeners() < before + len(joining):
-                    pass
-        except TimeoutError:
-            raise SandboxError(
-                f"a PubSub of the {self._described} that subscribed before the sandbox could not be "
-                f"told of it within {_SECONDS:.0f} s: is its connection alive?"
-            ) from None
+def _is_busy(connection: Any) -> bool:
+    passing = connection._filter
+    if _is_stray(connection):
+        return True
+    return passing.pending_replies > 0 and not (passing.waits and passing.is_outside)
 
 
 class SandboxedPool:
-    """What the class of a pool is mixed with, so that it asks its sandbox."""
+    """What the class of a pool is mixed with, so that it is told who takes its connections."""
 
     # No slots: a pool has a dictionary, and its layout must not change.
     _sandbox: RedisSandbox
-    _in_use_connections: Any
-
-    def make_connection(self) -> Any:
-        """Make a connection of this side."""
-        return self._sandbox.guarded(cast(Any, super()).make_connection())
 
     async def get_connection(self, *args: Any, **options: Any) -> Any:
-        """Return a connection of this side, to who may have one."""
+        """Return a connection, to who may have one."""
         refuse_stragglers("a redis client")
-        site = checkouts.here()
-        is_guest = current_block.get() is None
-        while True:
-            await self._sandbox.may_ask(is_guest)
-            connection = await cast(Any, super()).get_connection(*args, **options)
-            connection._gate.is_guest, connection._gate.waits = is_guest, False
-            checkouts.note(connection, site)
-            try:
-                refuse_stragglers("a redis client")
-            except SandboxEscapedError:
-                await self.release(connection)
-                raise
-            if connection._gate.inside is self._sandbox.active:
-                return connection
-            await self.release(connection)  # a block has begun or ended since it was asked for
+        checkout = checkouts.here()
+        connection = await cast("Any", super()).get_connection(*args, **options)
+        connection._filter.checkout = checkout
+        checkouts.note(connection, checkout)
+        try:
+            refuse_stragglers("a redis client")
+        except SandboxEscapedError:
+            await self.release(connection)
+            raise
+        return connection
 
     async def release(self, connection: Any, *args: Any, **options: Any) -> None:
-        """Take a connection back to its own side."""
-        if connection._gate.is_over:
-            return
-        if connection._gate.inside is self._sandbox.active:
-            await cast(Any, super()).release(connection, *args, **options)
-        else:
-            self._sandbox.other.in_use.discard(connection)
-            self._sandbox.other.available.append(connection)
+        """Take a connection back, unless it was cut off."""
+        if not connection._filter.is_over:
+            connection._filter.checkout = None
+            await cast("Any", super()).release(connection, *args, **options)
 
 
 class ClusterSandbox(Sandbox):
@@ -326,54 +322,47 @@ class ClusterSandbox(Sandbox):
 
 
 class FakeSandbox(Sandbox):
-    """The sandbox of a client of fakeredis: each block has a server of its own."""
-
-    nests = False
+    """The sandbox of a client of fakeredis: a copy of what its server holds."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._pool = client.connection_pool
-        self._outside: tuple[Any, ...] | None = None
+        self._pool = getattr(client, "connection_pool", client)
+        self._found: list[dict[Any, dict[Any, Any]]] = []
+        self._before: list[set[Any]] = []
+
+    @property
+    def _server(self) -> Any:
+        # Without one of their own, fakes share that of their address, which a connection finds.
+        return self._pool.connection_kwargs.get("server") or self._pool.make_connection()._server
 
     async def begin(self) -> None:
-        """Put an empty server in the place of the client's."""
-        from fakeredis import FakeServer
-
-        given = self._pool.connection_kwargs
-        self._outside = self._put_in(
-            FakeServer(server_type=given.get("server_type", "redis")), [], set(), None
-        )
+        """Keep what the server holds."""
+        databases: dict[Any, Any] = self._server.dbs
+        self._found.append({number: copy.deepcopy(dict(db)) for number, db in databases.items()})
+        self._before.append(set(self._pool._in_use_connections))
 
     async def end(self) -> None:
-        """Put the client's own server back."""
-        if self._outside is None:
+        """Put it back."""
+        if not self._found:
             return
+        found, before = self._found.pop(), self._before.pop()
+        before = {*before, getattr(self._client, "connection", None)}
         for _ in range(100):
-            if not self._pool._in_use_connections - {self._client.connection}:
+            if not self._pool._in_use_connections - before:
                 break
             await asyncio.sleep(0)
-        _, available, in_use, single = self._put_in(*self._outside)
-        self._outside = None
-        for connection in (*available, *in_use):
+        strays = self._pool._in_use_connections - before
+        for connection in strays:
             await connection.disconnect(nowait=True)
-        if strays := in_use - {single}:
+        with self._server.lock:
+            for number, database in self._server.dbs.items():
+                database.clear()
+                database.update(found.get(number, {}))
+        if strays:
             raise SandboxEscapedError(
                 f"when the sandbox ended, {len(strays)} connections of a fake redis client had not "
                 "been given back. Close what took them: `async with client.pubsub() as pubsub`."
             )
-
-    def _put_in(self, server: Any, available: Any, in_use: Any, single: Any) -> tuple[Any, ...]:
-        pool, client = self._pool, self._client
-        given = pool.connection_kwargs
-        before = (
-            given.get("server"),
-            pool._available_connections,
-            pool._in_use_connections,
-            client.connection,
-        )
-        pool._available_connections, pool._in_use_connections = available, in_use
-        given["server"], client.connection = server, single
-        return before
 
 
 def _no_cluster(described: str) -> SandboxUnsupportedError:
@@ -384,12 +373,42 @@ def _no_cluster(described: str) -> SandboxUnsupportedError:
     )
 
 
-def sandbox(client: Any, described: str) -> Sandbox | None:
-    """Return a client's sandbox; None where the client shares its pool with one that has it."""
-    if isinstance(client, RedisCluster):
+def _acquired_before(described: str) -> SandboxError:
+    return SandboxEscapedError(
+        f"a connection of the {described} was acquired before lifekit had the client, so that what it "
+        "does would be permanent. Let the factory return the client before anything is acquired, or "
+        "acquire it in a resource that needs the client."
+    )
+
+
+def _unknown_release(kind: type) -> SandboxError:
+    return SandboxUnsupportedError(
+        f"a {kind.__name__} of redis-py works in a way that lifekit does not know, so that the sandbox "
+        "can't undo what it does. Is redis-py newer than lifekit? Else declare the client with "
+        "@registry.resource(…, sandbox=False)."
+    )
+
+
+def sandbox(value: Any, described: str, gateway: object) -> Sandbox:
+    """Return the sandbox of a client or a pool; *gateway* is that of its lifespan."""
+    if isinstance(value, RedisCluster):
         return ClusterSandbox(described)
-    if any(kind.__module__.startswith("fakeredis.") for kind in type(client).__mro__):
-        return FakeSandbox(client)
-    if isinstance(client.connection_pool, SandboxedPool):
-        return None
-    return RedisSandbox(client, described)
+    pool = getattr(value, "connection_pool", value)
+    if any(kind.__module__.startswith("fakeredis.") for kind in pool.connection_class.__mro__):
+        return FakeSandbox(value)
+    leases = _leases.setdefault(gateway, Leases())
+    found = _sandboxes.get(pool)
+    if found is None or not found.serves(leases):
+        if found is not None:
+            found.restore()
+        found = _sandboxes[pool] = RedisSandbox(pool, described, leases)
+        _open.add(found)
+    found.share(value)
+    return found
+
+
+async def enter(value: Any) -> None:
+    """Put a client, or a pool, on the database that its sandbox leases."""
+    found = _sandboxes.get(getattr(value, "connection_pool", value))
+    if found is not None and not found.is_over:
+        await found.open()

@@ -236,6 +236,10 @@ class Account(TypedDict):
     costs: dict[str, tuple[int, float]]
     """By kind of loop: how many times the application was opened, and the seconds that took."""
     left: list[str]
+    not_isolated: list[str]
+    """Resources that are declared with ``sandbox=False``."""
+    lasting: list[str]
+    """Tests that are marked ``isolation="none"``."""
 
 
 @dataclass(eq=False)
@@ -269,6 +273,9 @@ class Run:
         self._told: list[tuple[Exception, str]] = []
         self._left: list[Lifespan] = []
         self.seeds = Seeds(self)
+        self._not_isolated: dict[str, None] = {}
+        self.lasting: dict[str, None] = {}
+        """The tests that nothing undoes."""
         self.escaped: Exception | None = None
         self.asked: Any = None
         """The test whose place is made next, and what its fixture for the application gave."""
@@ -310,6 +317,10 @@ class Run:
         finally:
             overrides.set(here)
         self._used[served] = used
+        for lifespan in served.lifespans:
+            for each in lifespan._plan.resources:  # pyright: ignore[reportPrivateUsage]
+                if not each.options.sandbox:
+                    self._not_isolated[f"{each.name} ({each.location})"] = None
         registries = {each.registry for each in served.lifespans}
         yield served
         del self._used[served]
@@ -370,7 +381,12 @@ class Run:
             for each in self._left
             if not each._left  # pyright: ignore[reportPrivateUsage]
         ]
-        return {"costs": self._costs, "left": left}
+        return {
+            "costs": self._costs,
+            "left": left,
+            "not_isolated": [*self._not_isolated],
+            "lasting": [*self.lasting],
+        }
 
 
 def summary(accounts: Iterable[Account], config: pytest.Config) -> Iterator[str]:
@@ -391,6 +407,12 @@ def summary(accounts: Iterable[Account], config: pytest.Config) -> Iterator[str]
                 f"The application was opened {times} times, once for each event loop of {plugin}'s, "
                 f"which took {seconds:.2f} s.\nWith one loop it opens once; {way_out}"
             )
+    named = dict.fromkeys(each for account in told for each in account["not_isolated"])
+    yield from (f"not isolated: {each}, which is declared with sandbox=False" for each in named)
+    tests = [each for account in told for each in account["lasting"]]
+    if tests:
+        more = f" and {len(tests) - 1} more" if tests[1:] else ""
+        yield f'not isolated: {tests[0]}{more}, marked isolation="none"'
     for account in told:
         yield from (f"Still open when its event loop ended: {each}" for each in account["left"])
 
@@ -410,6 +432,8 @@ def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
         app: Any = run.asked[1]
         asked = [*requested(request.node, *request.fixturenames), *fixture.definitions]
         run.check_overrides(fixture, app[0] if kind == "sync" else app, asked)
+        if not _isolated(request.node):
+            run.lasting[request.node.nodeid] = None
         request.node.addfinalizer(run.leave)  # after the place's own, which is added next
         made: Place = request.getfixturevalue(f"_lifekit_place_{kind}")
     return made

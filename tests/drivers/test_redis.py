@@ -178,7 +178,7 @@ async def test_a_client_at_work_in_another_loop_survives_its_refusal(
 
 async def test_a_client_can_be_opened_again(server: Valkey) -> None:
     """One made at import time serves one lifespan after another, whatever the first cut off."""
-    client = await driver.open(Redis(**server.address()))
+    client: Any = await driver.open(Redis(**server.address()))
     waiting = await in_flight(server, "blpop", client.blpop(["queue"]))
     await driver.close(client)
     with pytest.raises(exceptions.ConnectionError):
@@ -254,7 +254,7 @@ async def end(how: Any, client: Client) -> None:
 async def test_a_command_in_flight_fails_and_does_not_reconnect(how: Any, server: Valkey) -> None:
     """redis-py would send it again over a new connection, up to ten times."""
     retry = Retry(ConstantBackoff(60), 10)
-    client = await driver.open(Redis(**server.address(retry=retry)))
+    client: Any = await driver.open(Redis(**server.address(retry=retry)))
     waiting = await in_flight(server, "blpop", client.blpop(["queue"]))
     await end(how, client)
     with pytest.raises(exceptions.ConnectionError), anyio.fail_after(60):

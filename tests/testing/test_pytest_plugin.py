@@ -410,6 +410,41 @@ def test_a_stray_fails_its_own_test_and_no_other(inner: Inner) -> None:
     assert not [line for line in result.outlines if line.startswith("E ")], "a stack of pytest's own"
 
 
+def test_what_was_not_isolated_is_listed_at_the_end(inner: Inner) -> None:
+    """Resources that are declared so, once for all processes, and tests that are marked so."""
+    app = """
+        import sqlite3
+        from fastapi import FastAPI
+        from lifekit import Registry
+        registry = Registry()
+        @registry.resource(sandbox=False)
+        def lasting(): return sqlite3.connect(":memory:")
+        @registry.resource
+        def other(): return object()
+        app = FastAPI(lifespan=registry.lifespan)
+        """
+    code = """
+        import pytest
+        def test_undone(sync_client): pass
+        @pytest.mark.lifekit(isolation="none")
+        def test_lasting(sync_client): pass
+        @pytest.mark.lifekit(isolation="none")
+        def test_lasting_too(lifespan): pass
+        def test_without(): pass
+        """
+    inner.ini(lifekit_app="app:app")
+    result = inner.run(app=app, test_it=code)
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(
+        [
+            "=* lifekit =*",
+            "not isolated: lasting (app.py:5), which is declared with sandbox=False",
+            'not isolated: test_it.py::test_lasting and 1 more, marked isolation="none"',
+        ]
+    )
+    assert str(result.stdout).count("not isolated") == 2
+
+
 def test_what_is_still_open_at_the_end_is_named(inner: Inner) -> None:
     code = """
         import pytest
