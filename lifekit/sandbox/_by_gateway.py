@@ -97,8 +97,11 @@ class PostgresSandbox(Sandbox):
         return who, waits_for(holder[0].task, waiter[0].task)
 
     def knows(self, number: int | None) -> bool:
-        """Return whether the connection of that number goes by way of the gateway."""
-        return number is None or (self._gateway is not None and number in self._gateway.hub.clients)
+        """Return whether the connection of that number goes, or went, by way of the gateway.
+
+        One that says no number says nothing, or is lost.
+        """
+        return not number or (self._gateway is not None and self._gateway.hub.has_seen(number))
 
     async def cut(self, number: int | None) -> None:
         """Cut off the connection of that number."""

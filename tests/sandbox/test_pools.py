@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, closing, suppress
 from typing import Any
 
 import anyio
@@ -334,3 +334,17 @@ async def test_a_killed_connection_ends_the_block_and_not_the_lifespan(
             await house.run(ADD)
             assert await house.count() == 1
     assert past.ask(COUNT) == 0
+
+
+async def test_a_block_begins_beside_a_connection_that_is_out_and_lost(house: House, past: Past) -> None:
+    others = "FROM pg_stat_activity WHERE datname = 'pools' AND pid <> pg_backend_pid()"
+    with suppress(Exception), anyio.fail_after(60):  # what giving back a lost one says
+        async with house.acquire():
+            past.ask(f"SELECT count(pg_terminate_backend(pid)) {others}")
+            await past.until(f"SELECT count(*) = 0 {others}")
+            for _ in range(2):
+                async with house.lifespan.sandbox():
+                    assert await house.count() == 0
+                    await house.run(ADD)
+            done = True
+    assert done
