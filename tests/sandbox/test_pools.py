@@ -336,7 +336,9 @@ async def test_a_killed_connection_ends_the_block_and_not_the_lifespan(
     assert past.ask(COUNT) == 0
 
 
-async def test_a_block_begins_beside_a_connection_that_is_out_and_lost(house: House, past: Past) -> None:
+async def test_a_block_begins_beside_a_connection_that_is_out_and_lost(
+    house: House, past: Past
+) -> None:
     others = "FROM pg_stat_activity WHERE datname = 'pools' AND pid <> pg_backend_pid()"
     with suppress(Exception), anyio.fail_after(60):  # what giving back a lost one says
         async with house.acquire():
