@@ -150,16 +150,20 @@ async def compare(server: embedded.Server, runs: int, seed: int) -> dict[str, li
                 await each.execute(CLEAN)
             with suppress(Exception):
                 await run(free[handles[0][name]], values, in_transaction)
-            here = tuple(await past[0].fetchrow(STATE))
+            here = await _state(past[0])
             async with boxed.sandbox():
                 with suppress(Exception):
                     await run(boxed[handles[1][name]], values, in_transaction)
-                there = tuple(await boxed[handles[1]["asyncpg"]].fetchrow(STATE))
+                there = await _state(boxed[handles[1]["asyncpg"]])
             differing = found.setdefault(f"{name}.{run.__name__}", [])
             if here != there:
                 told = f"run {number}: {values[:20]}, {in_transaction}: {here} became {there}"
                 differing.append(told[:2000])
     return found
+
+
+async def _state(database: Any) -> tuple[Any, ...]:
+    return tuple(await database.fetchrow(STATE))
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from .soak_clients import CLIENTS, Actor, Asyncpg, Broken
 
 LIMIT = 60.0
 """Seconds in which each block ends, or it hangs."""
-PATIENCE = 0.2
+PATIENCE = 0.1
 """Seconds, in place of five, for which a client waits for one that does nothing."""
 SETTLED = 100
 """Blocks after which memory does not grow any more."""

@@ -148,12 +148,16 @@ class Asyncpg(Actor):
     async def terminate_amid(self, tag: str, kept: list[Any]) -> None:
         async with self.pool.acquire() as connection:
             sleeping = asyncio.create_task(connection.execute(f"{ADD}('{tag}', 1); {SLEEP}"))
-            await asyncio.sleep(0.003)
-            connection.terminate()
-            await asyncio.gather(sleeping, return_exceptions=True)
+            try:
+                await asyncio.sleep(0.003)
+            finally:
+                connection.terminate()
+                await asyncio.gather(sleeping, return_exceptions=True)
 
     async def at_once(self, tag: str, kept: list[Any]) -> None:
-        await asyncio.gather(self.pool.execute(f"{ADD}('{tag}', 1), ('{tag}', 2)"), self.ping())
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.pool.execute(f"{ADD}('{tag}', 1), ('{tag}', 2)"))
+            group.create_task(self.ping())
 
     async def leave_open(self, tag: str, kept: list[Any]) -> None:
         connection = await self.pool.acquire()

@@ -30,10 +30,26 @@ async def _aiopg_sleeps(connection: Any) -> None:
         await cursor.execute(SLEEP)
 
 
+def _sleeps(connection: Any) -> Any:
+    return connection.execute(SLEEP)
+
+
+def _terminates(connection: Any) -> None:
+    connection.terminate()
+
+
+def _finishes(connection: Any) -> None:
+    connection.pgconn.finish()
+
+
+def _closes(connection: Any) -> None:
+    connection.close()
+
+
 ENDS: dict[str, tuple[Any, Any]] = {
-    "asyncpg": (lambda it: it.execute(SLEEP), lambda it: it.terminate()),
-    "psycopg": (lambda it: it.execute(SLEEP), lambda it: it.pgconn.finish()),
-    "aiopg": (_aiopg_sleeps, lambda it: it.close()),
+    "asyncpg": (_sleeps, _terminates),
+    "psycopg": (_sleeps, _finishes),
+    "aiopg": (_aiopg_sleeps, _closes),
 }
 """How a connection is brought to sleep, and ended at once, where that is possible."""
 
@@ -429,6 +445,7 @@ async def test_a_block_begins_beside_a_connection_that_is_out_and_lost(
     house: House, past: Past
 ) -> None:
     others = "FROM pg_stat_activity WHERE datname = 'pools' AND pid <> pg_backend_pid()"
+    done = False
     with suppress(Exception), anyio.fail_after(60):  # what giving back a lost one says
         async with house.acquire():
             past.ask(f"SELECT count(pg_terminate_backend(pid)) {others}")
