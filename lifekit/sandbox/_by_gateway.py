@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import ref
 
+import anyio
 from anyio.lowlevel import checkpoint
 
 from lifekit._errors import SandboxEscapedError, SandboxUnsupportedError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lifekit.drivers._checkouts import Checkout, Pooled
 
 T = TypeVar("T")
+GIVING_BACK = 1.0
+"""Seconds in which a connection comes back whose task has ended."""
 
 
 class PostgresSandbox(Sandbox):
@@ -180,10 +183,7 @@ class PoolSandbox(Sandbox, Generic[T]):
         Raises:
             SandboxEscapedError: There is something.
         """
-        if strays := list(self._strays()):
-            await _lets_go(lambda: not list(self._strays()))
-            strays = list(self._strays())
-        if not strays:
+        if not (strays := await self._left_over()):
             return
         told = self._escaped(strays)
         for each in strays:
@@ -196,6 +196,25 @@ class PoolSandbox(Sandbox, Generic[T]):
     def end_at_once(self) -> bool:
         """Do so where there is nothing."""
         return next(self._strays(), None) is None
+
+    async def _left_over(self) -> list[Any]:
+        # Tasks that are about to give back get a hundred rounds of the event loop. Where the task has
+        # ended already, the driver may do it just now: asyncpg waits there for what it cancels.
+        until = anyio.current_time() + GIVING_BACK
+        rounds = 0
+        while strays := list(self._strays()):
+            rounds += 1
+            if rounds <= 100:
+                await checkpoint()
+            elif anyio.current_time() < until and any(map(self._is_over, strays)):
+                await anyio.sleep(0.005)
+            else:
+                break
+        return strays
+
+    def _is_over(self, connection: Any) -> bool:
+        checkout = self.driver.checkouts.of(connection)
+        return checkout is not None and checkout.is_over
 
     def _strays(self) -> Iterator[Any]:
         before = {id(each) for known in self._before if (each := known()) is not None}
@@ -229,11 +248,3 @@ class PoolSandbox(Sandbox, Generic[T]):
     def terminate(self) -> None:
         """Forget it."""
         self._postgres.drop(self)
-
-
-async def _lets_go(is_free: Callable[[], bool]) -> None:
-    """Let tasks that are about to end do so, for a hundred rounds of the event loop."""
-    for _ in range(100):
-        if is_free():
-            return
-        await checkpoint()

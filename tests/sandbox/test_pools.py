@@ -456,3 +456,18 @@ async def test_a_block_begins_beside_a_connection_that_is_out_and_lost(
                     await house.run(ADD)
             done = True
     assert done
+
+
+async def test_what_a_driver_gives_back_by_itself_is_waited_for(past: Past) -> None:
+    """asyncpg does so where a task is cancelled that gives back what it cancelled before."""
+    asleep = "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    async with AsyncExitStack() as stack:
+        (house,) = await opened(stack, past, Asyncpg())
+        async with house.lifespan.sandbox():
+            task = asyncio.create_task(house.run("SELECT pg_sleep(600)"))
+            await past.until(asleep)
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0)
+        async with house.lifespan.sandbox():
+            assert await house.count() == 0
