@@ -324,7 +324,13 @@ class Engine(Actor):
     async def _in_thread(self, work: Callable[[], Any]) -> None:
         task = asyncio.create_task(asyncio.to_thread(work))
         self.works.add(task)
+        task.add_done_callback(self._is_done)
         await asyncio.shield(task)
+
+    def _is_done(self, task: asyncio.Task[Any]) -> None:
+        self.works.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody else may ask
 
     async def transaction(self, tag: str, kept: list[Any]) -> None:
         def work(connection: Any) -> None:
