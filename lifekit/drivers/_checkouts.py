@@ -41,6 +41,11 @@ class Checkout:
         return self._task() if self._task is not None else None
 
     @property
+    def is_over(self) -> bool:
+        """Whether the task that asked for it has ended: it gives it back just now, or never."""
+        return self._task is not None and ((task := self._task()) is None or task.done())
+
+    @property
     def line(self) -> str:
         """``file:line in function``."""
         # In a task that runs nothing but the acquire, the asking line was not on the stack.

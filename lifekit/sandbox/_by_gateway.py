@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import ref
 
+import anyio
 from anyio.lowlevel import checkpoint
 
 from lifekit._errors import SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lifekit.drivers._checkouts import Checkout, Pooled
 
 T = TypeVar("T")
+GIVING_BACK = 1.0
+"""Seconds in which a connection comes back whose task has ended."""
 
 
 class PostgresSandbox(Sandbox):
@@ -99,8 +102,11 @@ class PostgresSandbox(Sandbox):
         return who, waits_for(holder[0].task, waiter[0].task)
 
     def knows(self, number: int | None) -> bool:
-        """Return whether the connection of that number goes by way of the gateway."""
-        return number is None or (self._gateway is not None and number in self._gateway.hub.clients)
+        """Return whether the connection of that number goes, or went, by way of the gateway.
+
+        One that says no number says nothing, or is lost.
+        """
+        return not number or (self._gateway is not None and self._gateway.hub.has_seen(number))
 
     async def cut(self, number: int | None) -> None:
         """Cut off the connection of that number."""
@@ -203,10 +209,7 @@ class PoolSandbox(Sandbox, Generic[T]):
             SandboxEscapedError: There is something.
         """
         block, before = self._begun.pop()
-        if strays := list(self._strays(block, before)):
-            await _lets_go(lambda: not list(self._strays(block, before)))
-            strays = list(self._strays(block, before))
-        if not strays:
+        if not (strays := await self._left_over(block, before)):
             return
         told = self._escaped(strays)
         for each in strays:
@@ -222,6 +225,25 @@ class PoolSandbox(Sandbox, Generic[T]):
             return False
         self._begun.pop()
         return True
+
+    async def _left_over(self, block: Block | None, before: list[Any]) -> list[Any]:
+        # Tasks that are about to give back get a hundred rounds of the event loop. Where the task has
+        # ended already, the driver may do it just now: asyncpg waits there for what it cancels.
+        until = anyio.current_time() + GIVING_BACK
+        rounds = 0
+        while strays := list(self._strays(block, before)):
+            rounds += 1
+            if rounds <= 100:
+                await checkpoint()
+            elif anyio.current_time() < until and any(map(self._is_over, strays)):
+                await anyio.sleep(0.005)
+            else:
+                break
+        return strays
+
+    def _is_over(self, connection: Any) -> bool:
+        checkout = self.driver.checkouts.of(connection)
+        return checkout is not None and checkout.is_over
 
     def _strays(self, block: Block | None, before: list[Any]) -> Iterator[Any]:
         known = {id(each) for known in before if (each := known()) is not None}
@@ -255,11 +277,3 @@ class PoolSandbox(Sandbox, Generic[T]):
     def terminate(self) -> None:
         """Forget it."""
         self._postgres.drop(self)
-
-
-async def _lets_go(is_free: Callable[[], bool]) -> None:
-    """Let tasks that are about to end do so, for a hundred rounds of the event loop."""
-    for _ in range(100):
-        if is_free():
-            return
-        await checkpoint()

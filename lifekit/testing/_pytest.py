@@ -432,7 +432,7 @@ def place_of(request: pytest.FixtureRequest, run: Run) -> Place:
         app: Any = run.asked[1]
         asked = [*requested(request.node, *request.fixturenames), *fixture.definitions]
         run.check_overrides(fixture, app[0] if kind == "sync" else app, asked)
-        if not _isolated(request.node):
+        if not is_isolated(request.node):
             run.lasting[request.node.nodeid] = None
         request.node.addfinalizer(run.leave)  # after the place's own, which is added next
         made: Place = request.getfixturevalue(f"_lifekit_place_{kind}")

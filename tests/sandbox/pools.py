@@ -35,6 +35,10 @@ class Pool:
         """Return a context manager of the way to run SQL on a connection: rows come back."""
         raise NotImplementedError
 
+    def connection(self, value: Any) -> Any:
+        """Return a context manager of a connection as the driver has it."""
+        raise NotImplementedError
+
     async def take(self, value: Any) -> Any:
         """Take a connection and never give it back."""
         raise NotImplementedError
@@ -68,6 +72,9 @@ class Asyncpg(Pool):
 
             yield run
 
+    def connection(self, value: Any) -> Any:
+        return value.acquire()
+
     async def take(self, value: Any) -> Any:
         return await value.acquire()
 
@@ -87,6 +94,9 @@ class Aiopg(Pool):
                 return await cursor.fetchall() if cursor.description else []
 
             yield run
+
+    def connection(self, value: Any) -> Any:
+        return value.acquire()
 
     async def take(self, value: Any) -> Any:
         return await value.acquire()
@@ -116,6 +126,9 @@ class Psycopg(Pool):
                 return await found if asyncio.iscoroutine(found) else found
 
             yield run
+
+    def connection(self, value: Any) -> Any:
+        return value.connection()
 
     async def take(self, value: Any) -> Any:
         return await value.getconn()
@@ -147,6 +160,12 @@ class PsycopgSync(Pool):
             yield run
         finally:
             await asyncio.to_thread(manager.__exit__, None, None, None)
+
+    @asynccontextmanager
+    async def connection(self, value: Any) -> AsyncGenerator[Any]:
+        connection = await asyncio.to_thread(value.getconn)
+        yield connection
+        await asyncio.to_thread(value.putconn, connection)
 
     async def take(self, value: Any) -> Any:
         return await asyncio.to_thread(value.getconn)
@@ -180,6 +199,12 @@ class Engine(Pool):
         finally:
             await asyncio.to_thread(connection.close)
 
+    @asynccontextmanager
+    async def connection(self, value: Any) -> AsyncGenerator[Any]:
+        fairy = await asyncio.to_thread(value.raw_connection)
+        yield fairy.driver_connection
+        await asyncio.to_thread(fairy.close)
+
     async def take(self, value: Any) -> Any:
         return await asyncio.to_thread(value.connect)
 
@@ -204,6 +229,12 @@ class AsyncEngine(Engine):
                 return [tuple(row) for row in result] if result.returns_rows else []
 
             yield run
+
+    @asynccontextmanager
+    async def connection(self, value: Any) -> AsyncGenerator[Any]:
+        async with value.connect() as connection:
+            raw = await connection.get_raw_connection()
+            yield raw.driver_connection
 
     async def take(self, value: Any) -> Any:
         connection = value.connect()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from typing import Any
 
 import anyio
@@ -16,11 +16,42 @@ from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
 from .pools import POOLS, Asyncpg, Pool, sqlstate
+from .streams import stream_of
 
 pytestmark = pytest.mark.anyio
 ADD = "INSERT INTO rows (n) VALUES (1)"
 COUNT = "SELECT count(*) FROM rows"
 BUSY = "55P03"
+SLEEP = f"{ADD}; SELECT pg_sleep(600)"
+
+
+async def _aiopg_sleeps(connection: Any) -> None:
+    async with connection.cursor() as cursor:
+        await cursor.execute(SLEEP)
+
+
+def _sleeps(connection: Any) -> Any:
+    return connection.execute(SLEEP)
+
+
+def _terminates(connection: Any) -> None:
+    connection.terminate()
+
+
+def _finishes(connection: Any) -> None:
+    connection.pgconn.finish()
+
+
+def _closes(connection: Any) -> None:
+    connection.close()
+
+
+ENDS: dict[str, tuple[Any, Any]] = {
+    "asyncpg": (_sleeps, _terminates),
+    "psycopg": (_sleeps, _finishes),
+    "aiopg": (_aiopg_sleeps, _closes),
+}
+"""How a connection is brought to sleep, and ended at once, where that is possible."""
 
 
 @pytest.fixture
@@ -270,6 +301,80 @@ async def test_a_wait_that_cant_end_is_told_with_both_lines(
         assert await house.count() == 2
 
 
+# -- streams ------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def streaming(house: House) -> AsyncGenerator[Any]:
+    """A connection in a block, and how its driver streams; skips where it does not."""
+    async with house.lifespan.sandbox(), house.kind.connection(house.value) as connection:
+        stream = stream_of(connection)
+        if stream is None:
+            pytest.skip(f"{house.kind.name} has no streams")
+        yield connection, stream
+
+
+async def test_rows_are_copied_in_and_out(house: House, past: Past) -> None:
+    """And a COPY that fails, of which some was sent, leaves nothing."""
+    async with streaming(house) as (connection, stream):
+        await stream.copy_in(connection, b"2\n1\n")
+        with pytest.raises(Exception, match="invalid input syntax"):
+            await stream.copy_in(connection, b"3\n" * 20_000 + b"no number\n")
+        assert await stream.copy_out(connection) == b"1\n2\n"
+        assert await house.count() == 2
+        assert past.ask(COUNT) == 0
+
+
+async def test_a_cursor_of_the_servers_is_read_in_part(house: House) -> None:
+    async with streaming(house) as (connection, stream):
+        for _ in range(2):
+            assert await stream.some(connection, "SELECT generate_series(1, 9)", 2) == [1, 2]
+        await house.run(ADD)
+        assert await house.count() == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [each for each in POOLS if each.name in ENDS], ids=lambda pool: pool.name
+)
+async def test_a_connection_ends_amid_a_statement_and_nobody_waits_for_that(
+    house: House, past: Past
+) -> None:
+    """What it had not committed is undone."""
+    asleep = "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    with anyio.fail_after(30):
+        async with house.lifespan.sandbox():
+            await house.run(ADD)
+            with suppress(Exception):  # what giving back an ended one says
+                async with house.kind.connection(house.value) as connection:
+                    sleeping = asyncio.ensure_future(ENDS[house.kind.name][0](connection))
+                    await past.until(asleep)
+                    ENDS[house.kind.name][1](connection)
+                    await asyncio.gather(sleeping, return_exceptions=True)
+            assert await house.count() == 1
+    await past.until(asleep.replace("= 1", "= 0"))
+
+
+async def test_a_sink_of_asyncpgs_may_fail_amid_a_copy(past: Past) -> None:
+    """With pieces that came while it was at the one before."""
+    async with AsyncExitStack() as stack:
+        (house,) = await opened(stack, past, Asyncpg())
+
+        pieces: list[bytes] = []
+        over = "SELECT count(*) = 0 FROM pg_stat_activity WHERE query ~ '^COPY' AND state = 'active'"
+
+        async def sink(data: bytes) -> None:
+            pieces.append(data)
+            if len(pieces) == 2:
+                raise LookupError
+            await past.until(over)
+
+        async with house.lifespan.sandbox(), house.value.acquire() as connection:
+            with pytest.raises(LookupError):
+                await connection.copy_from_query("SELECT generate_series(1, 60000)", output=sink)
+            async with asyncio.timeout(30):
+                assert await connection.fetchval("SELECT 1") == 1
+
+
 # -- the edges of a block -----------------------------------------------------------------------------
 
 
@@ -334,3 +439,35 @@ async def test_a_killed_connection_ends_the_block_and_not_the_lifespan(
             await house.run(ADD)
             assert await house.count() == 1
     assert past.ask(COUNT) == 0
+
+
+async def test_a_block_begins_beside_a_connection_that_is_out_and_lost(
+    house: House, past: Past
+) -> None:
+    others = "FROM pg_stat_activity WHERE datname = 'pools' AND pid <> pg_backend_pid()"
+    done = False
+    with suppress(Exception), anyio.fail_after(60):  # what giving back a lost one says
+        async with house.acquire():
+            past.ask(f"SELECT count(pg_terminate_backend(pid)) {others}")
+            await past.until(f"SELECT count(*) = 0 {others}")
+            for _ in range(2):
+                async with house.lifespan.sandbox():
+                    assert await house.count() == 0
+                    await house.run(ADD)
+            done = True
+    assert done
+
+
+async def test_what_a_driver_gives_back_by_itself_is_waited_for(past: Past) -> None:
+    """asyncpg does so where a task is cancelled that gives back what it cancelled before."""
+    asleep = "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    async with AsyncExitStack() as stack:
+        (house,) = await opened(stack, past, Asyncpg())
+        async with house.lifespan.sandbox():
+            task = asyncio.create_task(house.run("SELECT pg_sleep(600)"))
+            await past.until(asleep)
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0)
+        async with house.lifespan.sandbox():
+            assert await house.count() == 0

@@ -21,6 +21,8 @@ _LEFT_OPEN = (
     "when the sandbox ended, a connection was in the midst of a transaction or a statement, and it did "
     "not end within the time that it was given. It was closed."
 )
+FIRST_NUMBER = 1 << 30
+"""No process of a server has the number of a client."""
 UNSUPPORTED = "0A000"
 UNREACHABLE = "08006"
 _UNTIL_CANCELLED = 2.0
@@ -73,7 +75,7 @@ class Hub:
         self._sessions: dict[Belongs, Session] = {}
         self._lenders: dict[Session, Relay] = {}
         self._orphans: set[Relay] = set()  # whose clients have gone while they were lent
-        self._numbers = 0
+        self._numbers = FIRST_NUMBER - 1
         self._at_rest: Callable[[], None] | None = None
         """What is done as soon as nothing is under way: a block begins inside another one, or ends."""
         self._ended: Callable[[list[str]], None] | None = None
@@ -142,6 +144,10 @@ class Hub:
         client = VirtualConnection(self, socket, self._numbers, token_bytes(4))
         self.clients[client.number] = client
         return client
+
+    def has_seen(self, number: int) -> bool:
+        """Return whether a client has that number, or had it."""
+        return FIRST_NUMBER <= number <= self._numbers
 
     def explain(self, waiting: VirtualConnection, holding: VirtualConnection) -> tuple[str, bool]:
         """Return who has a client for which another one waits, and whether that wait can't end."""

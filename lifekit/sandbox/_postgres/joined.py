@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,7 +36,7 @@ class JoinedTransport(asyncio.Transport):
         self._loop, self._protocol = loop, protocol
         self.gateway, self._place = gateway, gateway.place
         self._is_closing = self._is_paused = self._writes = False
-        self._pending: list[bytes] = []  # what came while it is paused, or writes
+        self._pending: deque[bytes] = deque()  # what came while it is paused, or writes
         self._is_called = False
 
     # -- from asyncpg --------------------------------------------------------------------------------
@@ -121,10 +122,9 @@ class JoinedTransport(asyncio.Transport):
         self._give()
 
     def _give(self) -> None:
-        if self._pending and not (self._is_paused or self._is_closing):
-            data = b"".join(self._pending)
-            self._pending.clear()
-            self._protocol.data_received(data)  # type: ignore[attr-defined]
+        # Piece by piece, as from a socket: asyncpg pauses in the midst of a COPY.
+        while self._pending and not (self._is_paused or self._is_closing):
+            self._protocol.data_received(self._pending.popleft())  # type: ignore[attr-defined]
 
     def end(self) -> None:
         """Take note that the gateway ends the connection."""
