@@ -8,15 +8,16 @@ wait.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from lifekit.sandbox._sql import Verb, read
+from lifekit.sandbox._sql import Statement, Verb, read
 
-from . import messages, settings
+from . import messages, notifications, settings
 from .control import ALONE, NO_TRANSACTION, Ends, Failure, Transaction
 from .messages import SYNC, Backend, Parse, ProtocolError
+from .notifications import COUNTER, COVERED, Pending
 from .real import Exchange
 from .session import Savepoint, Session
 
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 UNSUPPORTED: Final = "0A000"
 INTERNAL: Final = "XX000"
 ESCAPED = "lifekit's sandbox: something ended its transaction behind its back"
-_NOT_DELIVERED = "lifekit's sandbox: nothing is delivered to the connection that listens"
+_NOT_DELIVERED = "lifekit's sandbox: what was sent to the channel \"%s\" can't be delivered"
+_NOT_DELIVERED_DETAIL = "Somebody listens there, and its payload is not known. It was sent by: %s"
 _NOT_DELIVERED_HINT = (
-    "PostgreSQL delivers when a transaction commits, and here none does. Call what handles the "
-    f"notification, or run the test without a sandbox: {ALONE}."
+    "Functions have to call pg_notify() by that name alone, without a search_path of their own; rules "
+    "and functions in SQL can't run NOTIFY; and the role has to have the right to CREATE schemas in "
+    f"the database. Or run the test without a sandbox: {ALONE}."
 )
 _MEANS_NOTHING = re.compile(r"\s*set\s+(local|constraints)\b", re.IGNORECASE)
 """Outside of transactions, of which PostgreSQL warns."""
@@ -80,7 +83,8 @@ class Carrier:
         self.executed = False
         """Outside of a transaction, since the savepoint was set."""
         relay = conversation.client.relay
-        self.touched = bool(conversation.client.settings or (relay is not None and relay.sets))
+        client = conversation.client
+        self.touched = bool(client.settings or client.channels or (relay is not None and relay.sets))
         """Whether a reset of its session would change anything."""
         self.refusal: Failure | None = None
         """Why it is not to wait for its turn any longer."""
@@ -92,6 +96,11 @@ class Carrier:
         self._sets: set[str] = set()  # what the transaction has set for the session
         self._has_cursors = False  # which a commit closes
         self._lifts_limits = False  # by which the real transaction would be ended
+        self.pending = Pending()
+        """What it has listened to and sent in its transaction."""
+        self._notifies: Iterator[Statement] = iter(())  # of what the server is at
+        self._is_uncovered = False  # what is the session's own, for a text that may see it
+        self._level: str | None = None  # what the transaction has set, of which messages are shown
         self._set_defaults()
 
     # -- its turn ------------------------------------------------------------------------------------
@@ -125,7 +134,8 @@ class Carrier:
             return None
         self.has_savepoint = False
         transaction = self.transaction
-        return Savepoint.FAILED if transaction.wrote or transaction.failed else Savepoint.CLEAN
+        undoes = transaction.wrote or transaction.failed or self._is_read_only
+        return Savepoint.FAILED if undoes else Savepoint.CLEAN
 
     def rests(self) -> None:
         """Give the session back, for a Sync or a Query is over."""
@@ -159,6 +169,7 @@ class Carrier:
         if batch.prepares_unnamed or batch.uses_unnamed:
             self.session.unnamed = self.conversation
         self._note(batch.texts, only_reads=batch.only_reads)
+        self._notifies = notifications.notifies(batch.texts)
         data = b"".join((guard, *batch.again, *batch.sent, SYNC))
         again = len(batch.again)
         exchange = self.session.send(self.conversation, self._ended, data, answers, again=again)
@@ -190,6 +201,7 @@ class Carrier:
         guard, answers = self._guard()
         self.session.unnamed = None  # a Query ends it
         self._note([text], only_reads=only_reads)
+        self._notifies = notifications.notifies([text])
         exchange = self.session.send(self.conversation, self._ended, guard + data, answers, simple=True)
         exchange.holds = holds and not only_reads and not self.transaction.is_open
         yield from self._answer(exchange)
@@ -208,16 +220,17 @@ class Carrier:
             return not self._has_cursors
         if session.deferrable is None:
             return False
-        return transaction.is_open or not (session.deferrable[0] or self._has_cursors)
+        return transaction.is_open or not (
+            session.deferrable[0] or self._has_cursors or session.capture.is_wanted
+        )
 
     @property
     def commits_at_once(self) -> bool:
         """Whether a commit has nothing to do on the session."""
-        if not self.has_savepoint:
-            return True
-        if self._locals or self._sets or self._has_cursors:
+        if self.pending.events or self._locals or self._sets or self._has_cursors:
             return False
-        return not self.transaction.wrote or self.session.deferrable == ("", "")
+        wrote = self.has_savepoint and self.transaction.wrote
+        return not wrote or self.session.deferrable == ("", "")
 
     def hurry(self, data: bytes, ended: Callable[[], None], *, only_reads: bool, simple: bool) -> None:
         """Send one statement to which nothing else has to be done; *ended* is called at its end."""
@@ -225,6 +238,7 @@ class Carrier:
         guard, answers = self._guard()
         if simple:
             self.session.unnamed = None  # a Query ends it
+        self._notifies = iter(())
         transaction = self.transaction
         if transaction.is_open:
             transaction.used = True
@@ -247,6 +261,8 @@ class Carrier:
         if self._lifts_limits:
             self._lifts_limits = False
             yield from self._own(self.session.own("limits") + SYNC)
+        if self._is_uncovered:
+            yield from self._cover()
 
     def description(self, prepared: bytes, name: bytes) -> Generator[None, None, bytes]:
         """Prepare a statement on the session, and return what rows it gives now.
@@ -372,10 +388,7 @@ class Carrier:
             if len(statements) == 1 and (match := _MEANS_NOTHING.match(texts[0])) is not None:
                 text = f"SET {match[1].upper()} can only be used in transaction blocks"
                 self.conversation.send(messages.warning(NO_TRANSACTION, text))
-        if self.conversation.client.hub.has_listeners and any(
-            "notify" in each.lower() for each in texts
-        ):
-            raise Failure(UNSUPPORTED, _NOT_DELIVERED, hint=_NOT_DELIVERED_HINT)
+        yield from self._listens_in(texts)
         # Some things can't be asked any more when it has run.
         if not only_reads and self.session.deferrable is None:
             guard, answers = self._guard()
@@ -388,6 +401,8 @@ class Carrier:
         if any(each.is_fixed for each in changes):
             raise Failure(UNSUPPORTED, _FIXED_SETTING, hint=_FIXED_SETTING_HINT)
         self._lifts_limits |= any(each.is_limit for each in changes)
+        if any(each.resets_all for each in changes):
+            self.pending.without_numbers()
         base = self.session.base
         unknown = [name for each in changes for name in each.session if name not in base]
         unknown += [name for each in changes for name in each.local if name not in self._locals]
@@ -413,6 +428,7 @@ class Carrier:
                 session.deferrable = None
             for statement in script.statements:
                 transaction.has_savepoints |= statement.verb is Verb.SAVEPOINT
+                self.pending.note(statement)
                 self._has_cursors |= statement.needs_transaction == "DECLARE CURSOR"
             if transaction.is_open:
                 transaction.used = True
@@ -420,6 +436,72 @@ class Carrier:
             else:
                 self.executed = True
                 self._wrote |= not only_reads
+
+    # -- notifications -------------------------------------------------------------------------------
+
+    def _listens_in(self, texts: list[str]) -> Steps:
+        session = self.session
+        if any(map(notifications.listens, texts)):
+            self.conversation.client.hub.listens(self.conversation.client)
+            if not (session.capture.is_installed or self.transaction.failed):
+                yield from self._install()
+        if not session.capture.is_wanted:
+            return
+        if any(map(notifications.sees_channels, texts)):
+            yield from self._ask(notifications.telling(self.conversation.ear.channels), 1)
+        if any(map(notifications.sees, texts)):
+            yield from self._uncover(level=any(map(notifications.sees_level, texts)))
+
+    def _install(self) -> Steps:
+        # What sets the savepoint does that as well, for the whole block.
+        session, transaction = self.session, self.transaction
+        if transaction.is_open and transaction.parks:
+            session.savepoint = self.park() or session.savepoint
+        if self.has_savepoint:  # it is done for the rest of the transaction, and once more behind it
+            own = (session.capture.install, session.capture.cover)
+            yield from self._own(b"".join(map(session.unprepared, own)) + SYNC)
+
+    def _uncover(self, *, level: bool) -> Steps:
+        self._is_uncovered = True
+        yield from self._ask(self.session.capture.uncover(level=level), 1 + level)
+
+    def _cover(self) -> Steps:
+        self._is_uncovered = False
+        row = yield from self._ask(self.session.capture.cover, 4)
+        self._level = row[0]
+
+    def noticed(self, body: bytes) -> bool:
+        """Take note of what a notice of the server's tells; return whether the client gets it."""
+        fields = messages.error_fields(body, "surrogateescape")
+        event = notifications.traced(fields, self._notifies)
+        if event is not None:
+            self.pending.add(event)
+            return False
+        name = "client_min_messages"
+        level = self._level or self._settings.get(name) or self.session.base.get(name)
+        return notifications.is_shown(fields, level or notifications.SHOWN)
+
+    def _publish(self) -> None:
+        # Do what PostgreSQL does at a commit with what was listened to and sent.
+        pending, conversation = self.pending, self.conversation
+        if not pending.events:
+            return
+        client = conversation.client
+        channels = pending.listening(conversation.ear.channels)
+        sent = {(each.channel or "", each.payload): each for each in pending.sent}
+        for (channel, payload), event in sent.items():
+            if payload is None and (channel in channels or client.hub.is_heard(client, channel)):
+                origin = event.origin.replace("\n", ", ") or "a statement of the client's"
+                detail = _NOT_DELIVERED_DETAIL % origin
+                refused = Failure(UNSUPPORTED, _NOT_DELIVERED % channel, detail, _NOT_DELIVERED_HINT)
+                conversation.send(refused.message)
+                self._has_failed()
+                raise ServerFailed
+        conversation.ear.channels = channels
+        for (channel, payload), event in sent.items():
+            if payload is not None:
+                told = notifications.notification(client.number, event)
+                client.hub.deliver(client, channel, told)
 
     # -- ends ----------------------------------------------------------------------------------------
 
@@ -441,8 +523,12 @@ class Carrier:
         Raises:
             ServerFailed: A constraint does not hold.
         """
-        if not self.has_savepoint:
-            return
+        if self.has_savepoint:
+            yield from self._commit_on_session()
+        self._publish()
+        self._forget()
+
+    def _commit_on_session(self) -> Steps:
         wrote = self.transaction.wrote if self.transaction.is_open else self._wrote
         if wrote and self.session.deferrable is None:
             exchange = yield from self._own(self.session.own("deferrable") + SYNC)
@@ -455,15 +541,22 @@ class Carrier:
         sql = self.session.at_commit(checks=wrote, cursors=self._has_cursors, by_name=by_name)
         asked = list(self._sets)
         sql += [settings.setting(self._locals)] if self._locals else []
-        sql += [settings.asking(asked)] if asked else []
+        counts = self.session.capture.is_wanted and (bool(sql) or self.pending.is_numbered)
+        sql += [settings.asking([*asked, COUNTER] if counts else asked)] if asked or counts else []
         if not sql:
             return
-        row = yield from self._ask("; ".join(sql), len(asked))
+        covers = self.session.capture.is_wanted and COVERED & {*self._locals, *self._sets}
+        if covers:
+            yield from self._uncover(level=True)
+        row = yield from self._ask("; ".join(sql), len(asked) + counts)
+        if covers:
+            yield from self._cover()
+        if counts:
+            self.pending.settle(int(row.pop() or 0))
         if asked:
             self._settings.update(zip(asked, row, strict=True))
             self._set_defaults()
             self.session.applied.update(zip(asked, row, strict=True))
-        self._forget()
 
     def commit_implicit(self) -> Steps:
         """Do so for what was done outside of a transaction, up to a Sync or by a Query."""
@@ -499,4 +592,7 @@ class Carrier:
     def _forget(self) -> None:
         self._locals.clear()
         self._sets.clear()
+        self.pending.clear()
+        self._level = None
+        self._is_uncovered = False
         self._has_cursors = False

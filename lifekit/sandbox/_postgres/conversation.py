@@ -20,8 +20,9 @@ from lifekit.sandbox._sql import Statement, Verb, read
 
 from . import messages, names
 from .carrier import Batch, Carrier, ServerFailed, Steps
-from .control import Failure, Local, answer, control_of, is_local
-from .messages import READY, SYNC, Backend, Bind, Frontend, Parse, complete
+from .control import RESET, RESET_DONE, Failure, Local, answer, control_of, has_local, is_local
+from .messages import READY, SYNC, Backend, Bind, Frontend, Parse
+from .notifications import Ear, found, has_parts, stands_alone
 from .real import Exchange
 from .refusals import ACTIVE_TRANSACTION, CYCLE, IDLE, LOCK_NOT_AVAILABLE, WAY_OUT, hinted
 from .session import Savepoint, Session
@@ -41,11 +42,6 @@ _SET = Statement("SET TRANSACTION", Verb.SET_TRANSACTION)
 _COPY = frozenset((Frontend.COPY_DATA, Frontend.COPY_DONE, Frontend.COPY_FAIL))
 _ALONE = frozenset((Frontend.QUERY, Frontend.FUNCTION_CALL))
 """What no Sync follows."""
-
-
-_RESET = b"SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;"
-"""What asyncpg's pool says of each connection that comes back, as of asyncpg 0.32."""
-_RESET_DONE = b"".join(map(complete, ("SELECT 1", "CLOSE CURSOR ALL", "UNLISTEN", "RESET")))
 _OTHER_ROWS = "cached plan must not change result type"
 
 
@@ -56,6 +52,7 @@ class Conversation:
         self.client, self.session = client, session
         self.carrier = Carrier(self, session)
         self.transaction = self.carrier.transaction
+        self.ear = Ear(client.channels or (), client.send)
         self._inbox: deque[tuple[int, bytes]] = deque()
         self._batch = Batch()
         self._portals: dict[bytes, bytes | Local] = {}
@@ -275,6 +272,7 @@ class Conversation:
         self._is_between = True
         if not self.transaction.is_open:
             self._drop_portals()
+            self.ear.tell()
         self.carrier.rests()
         self.client.send(READY[self.transaction.status])
         self.client.hub.rests_in_block()
@@ -338,6 +336,7 @@ class Conversation:
     def _encoded(self, prepared: Parse) -> bytes:
         script = read(prepared.text.decode("utf-8", "surrogateescape"))
         name = self._name(prepared.name)
+        prepared = replace(prepared, text=found(prepared.text))
         if script.session and len(script.statements) == 1:
             text = self._renamed(prepared.text.decode("utf-8", "surrogateescape"))
             prepared = replace(prepared, text=text.encode("utf-8", "surrogateescape"))
@@ -366,11 +365,15 @@ class Conversation:
             yield from self._flush()
         yield from self._check_rows(bound.statement)
         prepared, control = self._statement(bound.statement)
-        if control is not None and self._is_local(control):
+        if control is not None and is_local(control, self.transaction):
             yield from self._flush()
             self._portals[bound.portal] = control
             self.client.send(messages.BIND_COMPLETE)
             return
+        text = prepared.text.decode("utf-8", "surrogateescape")
+        if self._batch.texts and self.session.capture.is_wanted and stands_alone(text):
+            yield from self._flush()
+            self._statement(bound.statement)
         statement = self._name(bound.statement)
         if control is not None:  # SAVEPOINT and the like, for this once
             self._batch.again.append(prepared.encode(b""))
@@ -380,7 +383,7 @@ class Conversation:
         # there is one.
         portal = bound.portal
         self._portals[portal] = portal
-        self._bound[portal] = prepared.text.decode("utf-8", "surrogateescape")
+        self._bound[portal] = text
         self._batch.sent.append(bound.encode(portal, statement))
 
     def _check_rows(self, name: bytes) -> Steps:
@@ -396,9 +399,6 @@ class Conversation:
         found = yield from self.carrier.description(again, known[name])
         if found != expected:
             raise Failure(UNSUPPORTED, _OTHER_ROWS, source="RevalidateCachedQuery")
-
-    def _is_local(self, control: Local) -> bool:
-        return isinstance(control, names.Forgets) or is_local(control, self.transaction)
 
     def _describe(self, what: int, name: bytes) -> Steps:
         if what == _STATEMENT:
@@ -443,6 +443,8 @@ class Conversation:
         self._batch.texts.append(text)
         self._batch.only_reads &= bool(text) and read(text).reads
         self._batch.sent.append(messages.execute(portal, rows))
+        if self.session.capture.is_wanted and stands_alone(text):
+            yield from self._flush()
 
     def _close(self, what: int, name: bytes) -> Steps:
         yield from self._flush()
@@ -465,14 +467,15 @@ class Conversation:
     # -- simple queries ------------------------------------------------------------------------------
 
     def _query(self, text: bytes) -> Steps:
-        if text == _RESET and not (self.transaction.is_open or self.carrier.touched):
-            self.client.send(_RESET_DONE)
+        if text == RESET and not (self.transaction.is_open or self.carrier.touched):
+            self.client.send(RESET_DONE)
             return
         decoded = text.decode("utf-8", "surrogateescape")
         script = read(decoded)
         if not script.statements:
             self.client.send(messages.message(Backend.EMPTY_QUERY))
             return
+        text = found(text)
         transaction = self.transaction
         if len(script.statements) == 1 and (script.session or script.local):
             decoded = self._renamed(decoded)
@@ -480,15 +483,15 @@ class Conversation:
                 yield from self._forget(forgets.tag)
                 return
             text = decoded.encode("utf-8", "surrogateescape")
-        if not any(
-            is_local(each, transaction) or each.verb is Verb.BEGIN for each in script.statements
-        ):
+        parts = self.session.capture.is_wanted and text != RESET and has_parts(script)
+        if not (parts or has_local(script, transaction)):
             end = yield from self._run(text, decoded, only_reads=script.reads, holds=True)
             yield from self.carrier.commit_implicit()
             if end:
                 self.client.send(end)
-            if text == _RESET:
+            if text == RESET:
                 self.carrier.touched = False
+                self.ear.channels.clear()
             return
         if len(script.statements) > 1:
             yield from self.carrier.check_syntax(text)
@@ -530,6 +533,7 @@ class Conversation:
         self._names.clear()
         if tag == "DISCARD ALL":
             self.carrier.reset()
+            self.ear.channels.clear()
         self.client.send(messages.complete(tag))
 
     # -- transactions ----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Protocol
 
 from .messages import BIND_COMPLETE, SYNC, Parse, complete, error_fields, query, run_prepared
+from .notifications import COVERED, Capture
 from .real import Client, Exchange, RealConnection
 from .settings import LIMITS, setting
 
@@ -149,7 +150,9 @@ class Session:
         self._timers: dict[Conversation, Timer] = {}
         self._cancelling = 0
         self._if_cancelled: Savepoint | None = None  # of the guard that is about to be sent
-        name = f"lifekit_{token_hex(8)}".encode()
+        self.capture = Capture(f"lifekit_{token_hex(8)}")
+        real.noticed = self._noticed
+        name = self.capture.schema.encode()
         texts = {
             "rollback": b"ROLLBACK",
             "begin": b"BEGIN",
@@ -264,10 +267,14 @@ class Session:
 
     def guard(self, settings: Mapping[str, str | None], *, read_only: bool) -> tuple[bytes, int]:
         """Return what sets a clean savepoint under some settings, and how many answers it gets."""
-        steps = _TO_CLEAN[self.savepoint, bool(other := self._other(settings))]
+        other, capture = self._other(settings), self.capture
+        installs = capture.is_wanted and not (
+            capture.is_installed and self.savepoint is not Savepoint.BROKEN
+        )
+        steps = _TO_CLEAN[self.savepoint, bool(other) or installs]
         self._if_cancelled = None if "release" in steps else _IF_CANCELLED.get(self.savepoint)
         self.savepoint = Savepoint.FAILED  # until what follows has ended well
-        if self._is_prepared and not (other or read_only):
+        if self._is_prepared and not (other or installs or read_only):
             sent, answers, self._ahead = self._usual_guard(steps)
             return sent, answers
         sent, answers = b"", 0
@@ -275,10 +282,9 @@ class Session:
             sent, answers, self._is_prepared = self._prepare, len(self._own), True
         for what in steps:
             if what == "settings":
-                sent += Parse(b"", setting(other).encode(), b"\0\0").encode() + run_prepared(b"")
-                answers += 3
-                self.unnamed = None
-                self.applied.update(other)
+                own = self._set_up(other, installs=installs)
+                sent += b"".join(map(self.unprepared, own))
+                answers += 3 * len(own)
             else:
                 sent += self._runs[what]
                 answers += 2
@@ -297,6 +303,28 @@ class Session:
             ahead = b"".join(BIND_COMPLETE + complete(_ANSWERS[what]) for what in known)
             self._usual[key] = sent, 2 * len(whats), (ahead, 2 * len(known))
         return self._usual[key]
+
+    def _set_up(self, other: dict[str, str | None], *, installs: bool) -> list[str]:
+        own: list[str] = []
+        if other:
+            self.applied.update(other)
+            level = {"lifekit.level": ""} if "client_min_messages" in other else {}
+            own.append(setting({**other, **level}))
+        if installs:
+            self.capture.is_installed = True
+            own.append(self.capture.install)
+        if installs or (self.capture.is_installed and COVERED & other.keys()):
+            own.append(self.capture.cover)
+        return own
+
+    def unprepared(self, text: str) -> bytes:
+        """Return what runs a statement that nobody has prepared: three answers."""
+        self.unnamed = None
+        return Parse(b"", text.encode("utf-8", "surrogateescape"), b"\0\0").encode() + run_prepared(b"")
+
+    def _noticed(self, body: bytes) -> bool:
+        holder = self.holder
+        return not self.capture.is_wanted or holder is None or holder.carrier.noticed(body)
 
     def _other(self, settings: Mapping[str, str | None]) -> dict[str, str | None]:
         if not (settings or self.applied):
@@ -422,6 +450,7 @@ class Session:
         self.is_open = True
         self.savepoint = Savepoint.MISSING
         self._used = self.schema_changed = False
+        self.capture.is_wanted = self.capture.is_installed = False
         if self._are_default is None or not LIMITS.isdisjoint(sets):
             self._learn_limits()
         self.base.clear()
