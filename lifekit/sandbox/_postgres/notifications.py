@@ -207,7 +207,7 @@ class Pending:
             if each.verb is Verb.LISTEN and each.channel is not None:
                 found.add(each.channel)
             elif each.verb is Verb.UNLISTEN:
-                found = found - {each.channel} if each.channel is not None else set()
+                found -= {each.channel} if each.channel is not None else set(found)
         return found
 
     @property

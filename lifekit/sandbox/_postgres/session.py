@@ -113,6 +113,27 @@ FROM (SELECT format('%I.%I', nspname, conname) AS name, condeferred
 """The names of all constraints that a commit may have to check, and of those that wait for it."""
 
 
+def _texts(name: bytes) -> dict[str, bytes]:
+    # Of what a session prepares, with its savepoint's name.
+    return {
+        "rollback": b"ROLLBACK",
+        "begin": b"BEGIN",
+        "limits": _LIMITS,
+        "limit": b"SET LOCAL lock_timeout = 9999",
+        "set": b"SAVEPOINT " + name,
+        "release": b"RELEASE SAVEPOINT " + name,
+        "undo": b"ROLLBACK TO SAVEPOINT " + name,
+        "read_only": b"SET TRANSACTION READ ONLY",
+        "fail": b"SELECT 1/0",
+        "check": b"SAVEPOINT " + name + b"_check",
+        "uncheck": b"ROLLBACK TO SAVEPOINT " + name + b"_check",
+        "release_check": b"RELEASE SAVEPOINT " + name + b"_check",
+        "deferrable": _DEFERRABLE.encode(),
+        "discard": b"DISCARD SEQUENCES",
+        "unlock": _UNLOCK,
+    }
+
+
 _numbers = count(1)  # of all sessions: a real connection may have been that of another one
 
 
@@ -153,23 +174,7 @@ class Session:
         self.capture = Capture(f"lifekit_{token_hex(8)}")
         real.noticed = self._noticed
         name = self.capture.schema.encode()
-        texts = {
-            "rollback": b"ROLLBACK",
-            "begin": b"BEGIN",
-            "limits": _LIMITS,
-            "limit": b"SET LOCAL lock_timeout = 9999",
-            "set": b"SAVEPOINT " + name,
-            "release": b"RELEASE SAVEPOINT " + name,
-            "undo": b"ROLLBACK TO SAVEPOINT " + name,
-            "read_only": b"SET TRANSACTION READ ONLY",
-            "fail": b"SELECT 1/0",
-            "check": b"SAVEPOINT " + name + b"_check",
-            "uncheck": b"ROLLBACK TO SAVEPOINT " + name + b"_check",
-            "release_check": b"RELEASE SAVEPOINT " + name + b"_check",
-            "deferrable": _DEFERRABLE.encode(),
-            "discard": b"DISCARD SEQUENCES",
-            "unlock": _UNLOCK,
-        }
+        texts = _texts(name)
         self._own = {what: name + b"_" + what.encode() for what in texts}
         self._prepare = b"".join(
             Parse(self._own[what], text, b"\0\0").encode() for what, text in texts.items()

@@ -69,11 +69,11 @@ class Cast:
 
     def __init__(self, url: str, stack: AsyncExitStack) -> None:
         self.url, self.stack = url, stack
-        self.connections: dict[str, psycopg.AsyncConnection[Any]] = {}
+        self.connections: dict[str, Any] = {}
         self.heard: dict[str, list[tuple[str, str, str]]] = {}
         self.notices: dict[str, list[str]] = {}
 
-    async def connection(self, name: str) -> psycopg.AsyncConnection[Any]:
+    async def connection(self, name: str) -> Any:
         """Connect, the first time."""
         if name not in self.connections:
             made = await psycopg.AsyncConnection.connect(self.url, autocommit=True, prepare_threshold=2)
@@ -102,7 +102,7 @@ class Cast:
                 answers.append((error.sqlstate, error.diag.message_primary))
         for connection in self.connections.values():
             await connection.execute("LISTEN fence")
-        await connection.execute("NOTIFY fence")
+        await self.connections["b"].execute("NOTIFY fence")
         for name, connection in self.connections.items():
             while not any(channel == "fence" for _, channel, _ in self.heard[name]):
                 await connection.execute("SELECT 1")
