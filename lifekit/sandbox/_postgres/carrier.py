@@ -8,16 +8,17 @@ wait.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from lifekit.sandbox._sql import Statement, Verb, read
+from lifekit.sandbox._sql import Verb, read
 
-from . import messages, notifications, settings
-from .control import ALONE, NO_TRANSACTION, Ends, Failure, Transaction
+from . import messages, settings
+from .control import NO_TRANSACTION, Ends, Failure, Transaction
+from .listening import Listening
 from .messages import SYNC, Backend, Parse, ProtocolError
-from .notifications import COUNTER, COVERED, Pending
+from .notifications import COUNTER, COVERED, listens
 from .real import Exchange
 from .session import Savepoint, Session
 
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 UNSUPPORTED: Final = "0A000"
 INTERNAL: Final = "XX000"
 ESCAPED = "lifekit's sandbox: something ended its transaction behind its back"
-_NOT_DELIVERED = "lifekit's sandbox: what was sent to the channel \"%s\" can't be delivered"
-_NOT_DELIVERED_DETAIL = "Somebody listens there, and its payload is not known. It was sent by: %s"
-_NOT_DELIVERED_HINT = (
-    "Functions have to call pg_notify() by that name alone, without a search_path of their own; rules "
-    "and functions in SQL can't run NOTIFY; and the role has to have the right to CREATE schemas in "
-    f"the database. Or run the test without a sandbox: {ALONE}."
-)
 _MEANS_NOTHING = re.compile(r"\s*set\s+(local|constraints)\b", re.IGNORECASE)
 """Outside of transactions, of which PostgreSQL warns."""
 _TOUCHES = re.compile("advisory|cursor|config", re.IGNORECASE)
@@ -96,11 +90,7 @@ class Carrier:
         self._sets: set[str] = set()  # what the transaction has set for the session
         self._has_cursors = False  # which a commit closes
         self._lifts_limits = False  # by which the real transaction would be ended
-        self.pending = Pending()
-        """What it has listened to and sent in its transaction."""
-        self._notifies: Iterator[Statement] = iter(())  # of what the server is at
-        self._is_uncovered = False  # what is the session's own, for a text that may see it
-        self._level: str | None = None  # what the transaction has set, of which messages are shown
+        self.listening = Listening(conversation, session, self._ask)
         self._set_defaults()
 
     # -- its turn ------------------------------------------------------------------------------------
@@ -169,7 +159,7 @@ class Carrier:
         if batch.prepares_unnamed or batch.uses_unnamed:
             self.session.unnamed = self.conversation
         self._note(batch.texts, only_reads=batch.only_reads)
-        self._notifies = notifications.notifies(batch.texts)
+        self.listening.is_at(batch.texts)
         data = b"".join((guard, *batch.again, *batch.sent, SYNC))
         again = len(batch.again)
         exchange = self.session.send(self.conversation, self._ended, data, answers, again=again)
@@ -201,7 +191,7 @@ class Carrier:
         guard, answers = self._guard()
         self.session.unnamed = None  # a Query ends it
         self._note([text], only_reads=only_reads)
-        self._notifies = notifications.notifies([text])
+        self.listening.is_at([text])
         exchange = self.session.send(self.conversation, self._ended, guard + data, answers, simple=True)
         exchange.holds = holds and not only_reads and not self.transaction.is_open
         yield from self._answer(exchange)
@@ -227,7 +217,7 @@ class Carrier:
     @property
     def commits_at_once(self) -> bool:
         """Whether a commit has nothing to do on the session."""
-        if self.pending.events or self._locals or self._sets or self._has_cursors:
+        if self.listening.pending.events or self._locals or self._sets or self._has_cursors:
             return False
         wrote = self.has_savepoint and self.transaction.wrote
         return not wrote or self.session.deferrable == ("", "")
@@ -238,7 +228,7 @@ class Carrier:
         guard, answers = self._guard()
         if simple:
             self.session.unnamed = None  # a Query ends it
-        self._notifies = iter(())
+        self.listening.is_at(())
         transaction = self.transaction
         if transaction.is_open:
             transaction.used = True
@@ -261,8 +251,7 @@ class Carrier:
         if self._lifts_limits:
             self._lifts_limits = False
             yield from self._own(self.session.own("limits") + SYNC)
-        if self._is_uncovered:
-            yield from self._cover()
+        yield from self.listening.after()
 
     def description(self, prepared: bytes, name: bytes) -> Generator[None, None, bytes]:
         """Prepare a statement on the session, and return what rows it gives now.
@@ -388,7 +377,7 @@ class Carrier:
             if len(statements) == 1 and (match := _MEANS_NOTHING.match(texts[0])) is not None:
                 text = f"SET {match[1].upper()} can only be used in transaction blocks"
                 self.conversation.send(messages.warning(NO_TRANSACTION, text))
-        yield from self._listens_in(texts)
+        yield from self._listen(texts)
         # Some things can't be asked any more when it has run.
         if not only_reads and self.session.deferrable is None:
             guard, answers = self._guard()
@@ -402,7 +391,7 @@ class Carrier:
             raise Failure(UNSUPPORTED, _FIXED_SETTING, hint=_FIXED_SETTING_HINT)
         self._lifts_limits |= any(each.is_limit for each in changes)
         if any(each.resets_all for each in changes):
-            self.pending.without_numbers()
+            self.listening.pending.without_numbers()
         base = self.session.base
         unknown = [name for each in changes for name in each.session if name not in base]
         unknown += [name for each in changes for name in each.local if name not in self._locals]
@@ -428,7 +417,7 @@ class Carrier:
                 session.deferrable = None
             for statement in script.statements:
                 transaction.has_savepoints |= statement.verb is Verb.SAVEPOINT
-                self.pending.note(statement)
+                self.listening.pending.note(statement)
                 self._has_cursors |= statement.needs_transaction == "DECLARE CURSOR"
             if transaction.is_open:
                 transaction.used = True
@@ -439,18 +428,14 @@ class Carrier:
 
     # -- notifications -------------------------------------------------------------------------------
 
-    def _listens_in(self, texts: list[str]) -> Steps:
+    def _listen(self, texts: list[str]) -> Steps:
         session = self.session
-        if any(map(notifications.listens, texts)):
+        if any(map(listens, texts)):
             self.conversation.client.hub.listens(self.conversation.client)
             if not (session.capture.is_installed or self.transaction.failed):
                 yield from self._install()
-        if not session.capture.is_wanted:
-            return
-        if any(map(notifications.sees_channels, texts)):
-            yield from self._ask(notifications.telling(self.conversation.ear.channels), 1)
-        if any(map(notifications.sees, texts)):
-            yield from self._uncover(level=any(map(notifications.sees_level, texts)))
+        if session.capture.is_wanted:
+            yield from self.listening.before(texts)
 
     def _install(self) -> Steps:
         # What sets the savepoint does that as well, for the whole block.
@@ -461,47 +446,16 @@ class Carrier:
             own = (session.capture.install, session.capture.cover)
             yield from self._own(b"".join(map(session.unprepared, own)) + SYNC)
 
-    def _uncover(self, *, level: bool) -> Steps:
-        self._is_uncovered = True
-        yield from self._ask(self.session.capture.uncover(level=level), 1 + level)
-
-    def _cover(self) -> Steps:
-        self._is_uncovered = False
-        row = yield from self._ask(self.session.capture.cover, 4)
-        self._level = row[0]
-
     def noticed(self, body: bytes) -> bool:
         """Take note of what a notice of the server's tells; return whether the client gets it."""
-        fields = messages.error_fields(body, "surrogateescape")
-        event = notifications.traced(fields, self._notifies)
-        if event is not None:
-            self.pending.add(event)
-            return False
         name = "client_min_messages"
-        level = self._level or self._settings.get(name) or self.session.base.get(name)
-        return notifications.is_shown(fields, level or notifications.SHOWN)
+        return self.listening.noticed(body, self._settings.get(name) or self.session.base.get(name))
 
     def _publish(self) -> None:
-        # Do what PostgreSQL does at a commit with what was listened to and sent.
-        pending, conversation = self.pending, self.conversation
-        if not pending.events:
-            return
-        client = conversation.client
-        channels = pending.listening(conversation.ear.channels)
-        sent = {(each.channel or "", each.payload): each for each in pending.sent}
-        for (channel, payload), event in sent.items():
-            if payload is None and (channel in channels or client.hub.is_heard(client, channel)):
-                origin = event.origin.replace("\n", ", ") or "a statement of the client's"
-                detail = _NOT_DELIVERED_DETAIL % origin
-                refused = Failure(UNSUPPORTED, _NOT_DELIVERED % channel, detail, _NOT_DELIVERED_HINT)
-                conversation.send(refused.message)
-                self._has_failed()
-                raise ServerFailed
-        conversation.ear.channels = channels
-        for (channel, payload), event in sent.items():
-            if payload is not None:
-                told = notifications.notification(client.number, event)
-                client.hub.deliver(client, channel, told)
+        if (refused := self.listening.publish()) is not None:
+            self.conversation.send(refused.message)
+            self._has_failed()
+            raise ServerFailed
 
     # -- ends ----------------------------------------------------------------------------------------
 
@@ -541,18 +495,17 @@ class Carrier:
         sql = self.session.at_commit(checks=wrote, cursors=self._has_cursors, by_name=by_name)
         asked = list(self._sets)
         sql += [settings.setting(self._locals)] if self._locals else []
-        counts = self.session.capture.is_wanted and (bool(sql) or self.pending.is_numbered)
+        counts = self.session.capture.is_wanted and (bool(sql) or self.listening.pending.is_numbered)
         sql += [settings.asking([*asked, COUNTER] if counts else asked)] if asked or counts else []
         if not sql:
             return
         covers = self.session.capture.is_wanted and COVERED & {*self._locals, *self._sets}
         if covers:
-            yield from self._uncover(level=True)
+            yield from self.listening.uncover()
         row = yield from self._ask("; ".join(sql), len(asked) + counts)
-        if covers:
-            yield from self._cover()
+        yield from self.listening.after()
         if counts:
-            self.pending.settle(int(row.pop() or 0))
+            self.listening.pending.settle(int(row.pop() or 0))
         if asked:
             self._settings.update(zip(asked, row, strict=True))
             self._set_defaults()
@@ -592,7 +545,5 @@ class Carrier:
     def _forget(self) -> None:
         self._locals.clear()
         self._sets.clear()
-        self.pending.clear()
-        self._level = None
-        self._is_uncovered = False
+        self.listening.clear()
         self._has_cursors = False

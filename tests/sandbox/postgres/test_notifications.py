@@ -100,9 +100,10 @@ class Cast:
                 answers.append(await cursor.fetchall() if cursor.description else cursor.statusmessage)
             except psycopg.Error as error:
                 answers.append((error.sqlstate, error.diag.message_primary))
+        last = await self.connection("b")
         for connection in self.connections.values():
             await connection.execute("LISTEN fence")
-        await self.connections["b"].execute("NOTIFY fence")
+        await last.execute("NOTIFY fence")
         for name, connection in self.connections.items():
             while not any(channel == "fence" for _, channel, _ in self.heard[name]):
                 await connection.execute("SELECT 1")
