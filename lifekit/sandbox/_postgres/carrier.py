@@ -113,7 +113,7 @@ class Carrier:
         # How what it has set otherwise stands without it.
         own, self._settings = self._settings, {}
         names = [name for name in own if name not in self.session.base]
-        row = yield from self._ask(settings.asking(names), len(names))
+        row = yield from self._ask(settings.asking(names, self.session.capture.views), len(names))
         self.session.base.update(zip(names, row, strict=True))
         self._settings, self.has_savepoint = own, False
         self.session.savepoint = Savepoint.CLEAN
@@ -228,7 +228,8 @@ class Carrier:
         guard, answers = self._guard()
         if simple:
             self.session.unnamed = None  # a Query ends it
-        self.listening.is_at(())
+        if self.session.capture.is_wanted:
+            self.listening.is_at(())
         transaction = self.transaction
         if transaction.is_open:
             transaction.used = True

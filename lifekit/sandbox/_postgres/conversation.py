@@ -468,6 +468,7 @@ class Conversation:
 
     def _query(self, text: bytes) -> Steps:
         if text == RESET and not (self.transaction.is_open or self.carrier.touched):
+            self.ear.channels.clear()
             self.client.send(RESET_DONE)
             return
         decoded = text.decode("utf-8", "surrogateescape")

@@ -229,7 +229,7 @@ class Hub:
         lender.lent = shared.real
         shared.begin(lender.sets)
         clients = self._clients_of(lender.belongs[:2])
-        shared.capture.is_wanted = any(each.may_listen for each in clients)
+        shared.capture.is_wanted = any(each.is_listener for each in clients)
 
     def schema_changes(self) -> None:
         """Take note that a client changes it outside of blocks."""

@@ -265,10 +265,16 @@ class Capture:
         self.install = _INSTALL.replace("SCHEMA_", schema)
         """Makes the functions, where the role may."""
         suffix = f", {schema}, pg_catalog"
-        self.cover = _COVER.format(suffix=literal(suffix))
+        self.cover = _COVER.format(suffix=literal(suffix), level=_LEVEL)
         """Lets them be found, and PostgreSQL tell; gives what the client's `client_min_messages` is."""
         path = f"replace(current_setting('search_path'), {literal(suffix)}, '')"
         self._path = f"SELECT set_config('search_path', {path}, false)"
+        self._views = {"search_path": path, "client_min_messages": _LEVEL}
+
+    @property
+    def views(self) -> dict[str, str]:
+        """Return the expressions for what is covered, as the client has it."""
+        return self._views if self.is_wanted else {}
 
     def uncover(self, *, level: bool) -> str:
         """Return what gives `search_path` back, and `client_min_messages` if *level*."""
@@ -306,8 +312,9 @@ GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA SCHEMA_ TO PUBLIC;
 PERFORM set_config('role', role, false);
 EXCEPTION WHEN OTHERS THEN NULL; END $lifekit$"""
 # Where the path names pg_catalog itself, it stays, and what calls pg_notify() is told by the trace.
-_COVER = """SELECT set_config('lifekit.level', coalesce(
-    nullif(current_setting('lifekit.level', true), ''), current_setting('client_min_messages')), false),
+_LEVEL = """coalesce(nullif(current_setting('lifekit.level', true), ''),
+    current_setting('client_min_messages'))"""
+_COVER = """SELECT set_config('lifekit.level', {level}, false),
 set_config('client_min_messages', CASE WHEN current_setting('client_min_messages') LIKE 'debug%'
     THEN current_setting('client_min_messages') ELSE 'debug1' END, false),
 set_config('trace_notify', 'on', false),

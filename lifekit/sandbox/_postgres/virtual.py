@@ -65,8 +65,7 @@ class VirtualConnection:
         """Whether its own connection is asked for that, or for its channels."""
         self.channels: set[str] | None = set()
         """What its own connection listens to; None where that is to be asked."""
-        self.may_listen = False
-        """Whether it has listened to something, or does so in a block."""
+        self._may_listen = False  # for it has listened to something outside of blocks
         self._unheard: list[tuple[str, bytes]] = []  # notifications that came while it is asked
         self._asked: frozenset[str] = frozenset()  # for which those are known
         self._socket = socket
@@ -217,7 +216,7 @@ class VirtualConnection:
         assert self.relay is not None
         if self.stale:
             self._prepare_again(self.relay)
-        if self.may_listen:
+        if self._may_listen:
             self.channels = None
         for kind, begin, end in found:
             if kind in _ENDS:
@@ -247,7 +246,7 @@ class VirtualConnection:
         assert self.relay is not None
         decoded = text.decode("utf-8", "surrogateescape")
         if listens(decoded):
-            self.may_listen, self.channels = True, None
+            self._may_listen, self.channels = True, None
         self.relay.sets |= sets(decoded).session
         self._asked = frozenset()
 
@@ -293,6 +292,13 @@ class VirtualConnection:
 
         self.is_asking = True
         self.relay.ask_for(messages.query(CHANNELS.encode()), got)
+
+    @property
+    def is_listener(self) -> bool:
+        """Whether it may listen to anything."""
+        if self.conversation is not None:
+            return bool(self.conversation.ear.channels)
+        return self._may_listen
 
     def may_hear(self, channel: str) -> bool:
         """Return whether it listens to a channel, as far as that is known."""

@@ -532,13 +532,39 @@ async def test_what_is_really_sent_reaches_who_has_listened_although_its_connect
         assert await listener.value("SELECT pg_backend_pid()") == number
 
 
-async def test_a_pool_forgets_what_was_listened_to(house: House) -> None:
-    async with asyncpg.create_pool(house.through, min_size=1, max_size=1) as pool, house.block():
-        for sql in ("LISTEN x", "LISTEN x; SET work_mem = '1MB'"):
+async def test_a_pool_forgets_what_was_listened_to(made: House) -> None:
+    async with asyncpg.create_pool(made.through, min_size=1, max_size=1) as pool, made.block():
+        for sql in ("LISTEN x", "LISTEN x; SET work_mem = '1MB'", "SELECT hears()"):
             async with pool.acquire() as connection:
                 await connection.execute(sql)
                 assert await connection.fetchval(CHANNELS) == 1
             assert await pool.fetchval(CHANNELS) == 0
+
+
+async def test_settings_that_clients_begin_with_stay_their_own(made: House) -> None:
+    options = {"search_path": "pg_temp,public", "client_min_messages": "error"}
+    async with listening(made, Psycopg) as hearing, made.block():
+        one = (await made.connect(Asyncpg)).real
+        other = await asyncpg.connect(made.through, server_settings=options)
+        made.stack.push_async_callback(other.close)
+        notices: list[str] = []
+
+        def notice(_: Any, told: Any) -> None:
+            notices.append(told.message)
+
+        for connection in (one, other):
+            connection.add_log_listener(notice)
+        with anyio.fail_after(60):
+            for _ in range(2):
+                for connection, path, level in (
+                    (one, '"$user", public', "notice"),
+                    (other, "pg_temp,public", "error"),
+                ):
+                    await connection.execute("SELECT speaks(), pg_notify('x', 'p')")
+                    assert await heard(hearing) == (connection.get_server_pid(), "x", "p")
+                    assert await connection.fetchval("SHOW search_path") == path
+                    assert await connection.fetchval("SHOW client_min_messages") == level
+    assert notices == ["info", "notice", "warning", "info"] * 2
 
 
 async def test_pipelines_of_psycopg(house: House) -> None:
