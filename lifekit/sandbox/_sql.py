@@ -32,8 +32,9 @@ class Verb(Enum):
     TWO_PHASE = auto()
 
 
-PLAIN = frozenset({Verb.PLAIN, Verb.UNLISTEN, Verb.NOTIFY})
+PLAIN = frozenset({Verb.PLAIN, Verb.LISTEN, Verb.UNLISTEN, Verb.NOTIFY})
 """What may go to the server as it is."""
+_READS = frozenset({Verb.PLAIN, Verb.LISTEN, Verb.UNLISTEN})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class Script:
         session: Whether it may leave anything on the session that a rollback does not take back, or
             that outlives the transaction, other than by functions that it calls.
         local: Whether it may set anything for the rest of the transaction: `SET LOCAL`.
-        reads: Whether it surely does nothing but read: it calls no function that is not known for that.
+        reads: Whether it surely does nothing but read, or listen: it calls no function that is not
+            known for that.
     """
 
     statements: tuple[Statement, ...]
@@ -118,7 +120,7 @@ def _read(text: str) -> Script:
         or any(found.verb in (Verb.LISTEN, Verb.UNLISTEN) for found in statements)
         or any(_changes_session(tokens) for tokens in others),
         local=_SETTING.search(text) is not None or any(_sets_local(tokens) for tokens in others),
-        reads=len(others) == len(statements) and all(_only_reads(tokens) for tokens in others),
+        reads=all(found.verb in _READS for found in statements) and all(map(_only_reads, others)),
     )
 
 
@@ -184,6 +186,27 @@ def _split(text: str) -> Iterator[tuple[list[str], str]]:
             depth = max(depth - 1, 0)
         tokens.append(token)
     yield tokens, text[start:]
+
+
+def unqualified(text: str, schema: str, name: str) -> str:
+    """Return a text in which *schema*, where it qualifies *name*, is blanks. Both are in capitals."""
+    found: list[tuple[str, int]] = []
+    cuts: list[tuple[int, int]] = []
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        assert match is not None
+        start, position = match.span()
+        if match.lastgroup == "comment":
+            position = _after_comment(text, position)
+        elif match.lastgroup != "blank":
+            token = _capitals(match[0]) if match.lastgroup == "word" else match[0]
+            found = [*found[-2:], (token, start)]
+            if [each for each, _ in found] == [schema, ".", name]:
+                cuts.append((found[0][1], start))
+    for begin, end in cuts:
+        text = text[:begin] + " " * (end - begin) + text[end:]
+    return text
 
 
 def _after_comment(text: str, position: int) -> int:

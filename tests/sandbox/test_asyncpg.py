@@ -862,30 +862,27 @@ async def test_nothing_is_left_on_the_real_connection(box: Box) -> None:
     assert box.outside.sessions() == sessions
 
 
-# -- what can't be done -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sql", ["LISTEN news", 'listen "a b"', "/**/LISTEN x"])
-async def test_listen_is_refused_with_the_way_out(app: Any, sql: str) -> None:
-    """By text and by add_listener."""
-    with pytest.raises(exceptions.FeatureNotSupportedError, match=r"isolation=\"none\""):
-        await app.execute(sql)
-    async with app.acquire() as connection:
-        with pytest.raises(exceptions.FeatureNotSupportedError, match="LISTEN"):
-            await connection.add_listener("news", print)
-    assert await app.fetchval("SELECT 1") == 1
-
-
-async def test_what_would_not_be_delivered_is_refused(box: Box) -> None:
-    """Where somebody has listened since before the block."""
+async def test_a_listener_hears_what_the_block_sends(box: Box) -> None:
+    """The one of the application's start, and one of the block."""
     lifespan, pool = await box.open()
-    async with pool.acquire() as listener:
-        await listener.add_listener("news", print)
+    heard: list[str] = []
+
+    def hear(*told: Any) -> None:
+        heard.append(told[-1])
+
+    async with pool.acquire() as first, pool.acquire() as second:
+        await first.add_listener("news", hear)
         async with lifespan.sandbox():
-            for sql in ("NOTIFY news", "SELECT pg_notify('news', 'a')"):
-                with pytest.raises(exceptions.FeatureNotSupportedError, match="nothing is delivered"):
-                    await pool.execute(sql)
-        await listener.remove_listener("news", print)
+            await second.add_listener("news", hear)
+            await pool.execute("NOTIFY news, 'one'")
+            await pool.execute("SELECT pg_notify('news', $1)", "two")
+            await second.remove_listener("news", hear)
+            await pool.execute("NOTIFY news, 'three'")
+        assert heard == ["one", "one", "two", "two", "three"]
+        await first.remove_listener("news", hear)
+
+
+# -- what can't be done -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

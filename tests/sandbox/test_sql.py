@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from psycopg.pq import ExecStatus
 
 from lifekit import embedded
-from lifekit.sandbox._sql import Script, Statement, Verb, read
+from lifekit.sandbox._sql import Script, Statement, Verb, read, unqualified
 
 TAGS = {
     "BEGIN": {Verb.BEGIN},
@@ -444,7 +444,7 @@ SESSION = [
     "call p()",
     LOCAL_CALL,
 ]
-CONTROL = ["begin", "select 1; commit", "listen a", "set constraints all deferred"]
+CONTROL = ["begin", "select 1; commit", "set constraints all deferred"]
 WITH_INSERT = "with a as (insert into t select 1 returning 1) table a"
 
 
@@ -458,13 +458,28 @@ WITH_INSERT = "with a as (insert into t select 1 returning 1) table a"
         ("local", False, [*KEPT, *SESSION[:4]]),
         ("local", True, [*LOCAL, LOCAL_CALL]),
         ("plain", False, CONTROL),
-        ("plain", True, [*KEPT[:-1], *SCHEMA, "notify a", "unlisten *"]),
+        ("plain", True, [*KEPT[:-1], *SCHEMA, "notify a", "listen a", "unlisten *"]),
+        ("reads", True, ["listen a", "unlisten *"]),
+        ("reads", False, ["notify a", "select pg_notify('a', '')"]),
     ],
 )
 def test_flags_say_what_a_script_may_change(flag: str, expected: bool, scripts: list[str]) -> None:
     for script in scripts:
         for text in (script, f"select 1; {script}", f"/**/;{script} --"):
             assert getattr(read(text), flag) is expected, text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("select Pg_catalog.pg_Notify('a', 'b')", "select            pg_Notify('a', 'b')"),
+        ("pg_catalog /* x */ . pg_notify(", "                     pg_notify("),
+        ("pg_catalog.f(), 'pg_catalog.pg_notify', \"pg_catalog.pg_notify\"", None),
+        ("$$ pg_catalog.pg_notify('a', '') $$, /* pg_catalog.pg_notify */ x.pg_notify()", None),
+    ],
+)
+def test_a_schema_becomes_blanks_where_it_qualifies_a_name(text: str, expected: str | None) -> None:
+    assert unqualified(text, "PG_CATALOG", "PG_NOTIFY") == (expected or text)
 
 
 def test_a_text_that_comes_again_is_not_read_again() -> None:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Final
 from lifekit.sandbox._sql import Verb, read
 
 from . import messages, settings
-from .control import ALONE, NO_TRANSACTION, Ends, Failure, Transaction
+from .control import NO_TRANSACTION, Ends, Failure, Transaction
+from .listening import Listening
 from .messages import SYNC, Backend, Parse, ProtocolError
+from .notifications import COUNTER, COVERED, listens
 from .real import Exchange
 from .session import Savepoint, Session
 
@@ -26,11 +28,6 @@ if TYPE_CHECKING:
 UNSUPPORTED: Final = "0A000"
 INTERNAL: Final = "XX000"
 ESCAPED = "lifekit's sandbox: something ended its transaction behind its back"
-_NOT_DELIVERED = "lifekit's sandbox: nothing is delivered to the connection that listens"
-_NOT_DELIVERED_HINT = (
-    "PostgreSQL delivers when a transaction commits, and here none does. Call what handles the "
-    f"notification, or run the test without a sandbox: {ALONE}."
-)
 _MEANS_NOTHING = re.compile(r"\s*set\s+(local|constraints)\b", re.IGNORECASE)
 """Outside of transactions, of which PostgreSQL warns."""
 _TOUCHES = re.compile("advisory|cursor|config", re.IGNORECASE)
@@ -80,7 +77,8 @@ class Carrier:
         self.executed = False
         """Outside of a transaction, since the savepoint was set."""
         relay = conversation.client.relay
-        self.touched = bool(conversation.client.settings or (relay is not None and relay.sets))
+        client = conversation.client
+        self.touched = bool(client.settings or client.channels or (relay is not None and relay.sets))
         """Whether a reset of its session would change anything."""
         self.refusal: Failure | None = None
         """Why it is not to wait for its turn any longer."""
@@ -93,6 +91,7 @@ class Carrier:
         self._sets: set[str] = set()  # what the transaction has set for the session
         self._has_cursors = False  # which a commit closes
         self._lifts_limits = False  # by which the real transaction would be ended
+        self.listening = Listening(conversation, session, self._ask)
         self._set_defaults()
 
     # -- its turn ------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ class Carrier:
         # How what it has set otherwise stands without it.
         own, self._settings = self._settings, {}
         names = [name for name in own if name not in self.session.base]
-        row = yield from self._ask(settings.asking(names), len(names))
+        row = yield from self._ask(settings.asking(names, self.session.capture.views), len(names))
         self.session.base.update(zip(names, row, strict=True))
         self._settings, self.has_savepoint = own, False
         self.session.savepoint = Savepoint.CLEAN
@@ -126,7 +125,8 @@ class Carrier:
             return None
         self.has_savepoint = False
         transaction = self.transaction
-        return Savepoint.FAILED if transaction.wrote or transaction.failed else Savepoint.CLEAN
+        undoes = transaction.wrote or transaction.failed or self._is_read_only
+        return Savepoint.FAILED if undoes else Savepoint.CLEAN
 
     def mark(self, depth: int) -> None:
         """Note what it has set, for a block begins inside of the one that it is in."""
@@ -170,6 +170,7 @@ class Carrier:
         if batch.prepares_unnamed or batch.uses_unnamed:
             self.session.unnamed = self.conversation
         self._note(batch.texts, only_reads=batch.only_reads)
+        self.listening.is_at(batch.texts)
         data = b"".join((guard, *batch.again, *batch.sent, SYNC))
         again = len(batch.again)
         exchange = self.session.send(self.conversation, self._ended, data, answers, again=again)
@@ -201,6 +202,7 @@ class Carrier:
         guard, answers = self._guard()
         self.session.unnamed = None  # a Query ends it
         self._note([text], only_reads=only_reads)
+        self.listening.is_at([text])
         exchange = self.session.send(self.conversation, self._ended, guard + data, answers, simple=True)
         exchange.holds = holds and not only_reads and not self.transaction.is_open
         yield from self._answer(exchange)
@@ -219,16 +221,17 @@ class Carrier:
             return not self._has_cursors
         if session.deferrable is None:
             return False
-        return transaction.is_open or not (session.deferrable[0] or self._has_cursors)
+        return transaction.is_open or not (
+            session.deferrable[0] or self._has_cursors or session.capture.is_wanted
+        )
 
     @property
     def commits_at_once(self) -> bool:
         """Whether a commit has nothing to do on the session."""
-        if not self.has_savepoint:
-            return True
-        if self._locals or self._sets or self._has_cursors:
+        if self.listening.pending.events or self._locals or self._sets or self._has_cursors:
             return False
-        return not self.transaction.wrote or self.session.deferrable == ("", "")
+        wrote = self.has_savepoint and self.transaction.wrote
+        return not wrote or self.session.deferrable == ("", "")
 
     def hurry(self, data: bytes, ended: Callable[[], None], *, only_reads: bool, simple: bool) -> None:
         """Send one statement to which nothing else has to be done; *ended* is called at its end."""
@@ -236,6 +239,8 @@ class Carrier:
         guard, answers = self._guard()
         if simple:
             self.session.unnamed = None  # a Query ends it
+        if self.session.capture.is_wanted:
+            self.listening.is_at(())
         transaction = self.transaction
         if transaction.is_open:
             transaction.used = True
@@ -258,6 +263,7 @@ class Carrier:
         if self._lifts_limits:
             self._lifts_limits = False
             yield from self._own(self.session.own("limits") + SYNC)
+        yield from self.listening.after()
 
     def description(self, prepared: bytes, name: bytes) -> Generator[None, None, bytes]:
         """Prepare a statement on the session, and return what rows it gives now.
@@ -383,10 +389,7 @@ class Carrier:
             if len(statements) == 1 and (match := _MEANS_NOTHING.match(texts[0])) is not None:
                 text = f"SET {match[1].upper()} can only be used in transaction blocks"
                 self.conversation.send(messages.warning(NO_TRANSACTION, text))
-        if self.conversation.client.hub.has_listeners and any(
-            "notify" in each.lower() for each in texts
-        ):
-            raise Failure(UNSUPPORTED, _NOT_DELIVERED, hint=_NOT_DELIVERED_HINT)
+        yield from self._listen(texts)
         # Some things can't be asked any more when it has run.
         if not only_reads and self.session.deferrable is None:
             guard, answers = self._guard()
@@ -399,6 +402,8 @@ class Carrier:
         if any(each.is_fixed for each in changes):
             raise Failure(UNSUPPORTED, _FIXED_SETTING, hint=_FIXED_SETTING_HINT)
         self._lifts_limits |= any(each.is_limit for each in changes)
+        if any(each.resets_all for each in changes):
+            self.listening.pending.without_numbers()
         base = self.session.base
         unknown = [name for each in changes for name in each.session if name not in base]
         unknown += [name for each in changes for name in each.local if name not in self._locals]
@@ -424,6 +429,7 @@ class Carrier:
                 session.deferrable = None
             for statement in script.statements:
                 transaction.has_savepoints |= statement.verb is Verb.SAVEPOINT
+                self.listening.pending.note(statement)
                 self._has_cursors |= statement.needs_transaction == "DECLARE CURSOR"
             if transaction.is_open:
                 transaction.used = True
@@ -431,6 +437,37 @@ class Carrier:
             else:
                 self.executed = True
                 self._wrote |= not only_reads
+
+    # -- notifications -------------------------------------------------------------------------------
+
+    def _listen(self, texts: list[str]) -> Steps:
+        session = self.session
+        if any(map(listens, texts)):
+            self.conversation.client.hub.listens(self.conversation.client)
+            if not (session.capture.is_installed or self.transaction.failed):
+                yield from self._install()
+        if session.capture.is_wanted:
+            yield from self.listening.before(texts)
+
+    def _install(self) -> Steps:
+        # What sets the savepoint does that as well, for the whole block.
+        session, transaction = self.session, self.transaction
+        if transaction.is_open and transaction.parks:
+            session.savepoint = self.park() or session.savepoint
+        if self.has_savepoint:  # it is done for the rest of the transaction, and once more behind it
+            own = (session.capture.install, session.capture.cover)
+            yield from self._own(b"".join(map(session.unprepared, own)) + SYNC)
+
+    def noticed(self, body: bytes) -> bool:
+        """Take note of what a notice of the server's tells; return whether the client gets it."""
+        name = "client_min_messages"
+        return self.listening.noticed(body, self._settings.get(name) or self.session.base.get(name))
+
+    def _publish(self) -> None:
+        if (refused := self.listening.publish()) is not None:
+            self.conversation.send(refused.message)
+            self._has_failed()
+            raise ServerFailed
 
     # -- ends ----------------------------------------------------------------------------------------
 
@@ -452,8 +489,12 @@ class Carrier:
         Raises:
             ServerFailed: A constraint does not hold.
         """
-        if not self.has_savepoint:
-            return
+        if self.has_savepoint:
+            yield from self._commit_on_session()
+        self._publish()
+        self._forget()
+
+    def _commit_on_session(self) -> Steps:
         wrote = self.transaction.wrote if self.transaction.is_open else self._wrote
         if wrote and self.session.deferrable is None:
             exchange = yield from self._own(self.session.own("deferrable") + SYNC)
@@ -466,15 +507,21 @@ class Carrier:
         sql = self.session.at_commit(checks=wrote, cursors=self._has_cursors, by_name=by_name)
         asked = list(self._sets)
         sql += [settings.setting(self._locals)] if self._locals else []
-        sql += [settings.asking(asked)] if asked else []
+        counts = self.session.capture.is_wanted and (bool(sql) or self.listening.pending.is_numbered)
+        sql += [settings.asking([*asked, COUNTER] if counts else asked)] if asked or counts else []
         if not sql:
             return
-        row = yield from self._ask("; ".join(sql), len(asked))
+        covers = self.session.capture.is_wanted and COVERED & {*self._locals, *self._sets}
+        if covers:
+            yield from self.listening.uncover()
+        row = yield from self._ask("; ".join(sql), len(asked) + counts)
+        yield from self.listening.after()
+        if counts:
+            self.listening.pending.settle(int(row.pop() or 0))
         if asked:
             self._settings.update(zip(asked, row, strict=True))
             self._set_defaults()
             self.session.applied.update(zip(asked, row, strict=True))
-        self._forget()
 
     def commit_implicit(self) -> Steps:
         """Do so for what was done outside of a transaction, up to a Sync or by a Query."""
@@ -510,4 +557,5 @@ class Carrier:
     def _forget(self) -> None:
         self._locals.clear()
         self._sets.clear()
+        self.listening.clear()
         self._has_cursors = False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, NoReturn
 
-from lifekit.sandbox._sql import Statement, Verb, read
+from lifekit.sandbox._sql import Script, Statement, Verb, read
 
 from . import names
 from .messages import Parse, complete, error, warning
@@ -17,6 +17,9 @@ ACTIVE_TRANSACTION: Final = "25001"
 UNSUPPORTED: Final = "0A000"
 ALONE: Final = '@pytest.mark.lifekit(isolation="none"), on a database of its own'
 READ_COMMITTED: Final = "read committed"
+RESET: Final = b"SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;"
+"""What asyncpg's pool says of each connection that comes back, as of asyncpg 0.32."""
+RESET_DONE: Final = b"".join(map(complete, ("SELECT 1", "CLOSE CURSOR ALL", "UNLISTEN", "RESET")))
 
 _NESTED: Final = {
     Verb.SAVEPOINT: "SAVEPOINT",
@@ -25,10 +28,7 @@ _NESTED: Final = {
 }
 """What goes to the server in a transaction, and is an error elsewhere."""
 _CHANGES: Final = frozenset({Verb.BEGIN, Verb.COMMIT, Verb.ROLLBACK, Verb.SET_TRANSACTION})
-_REFUSED: Final = {
-    Verb.LISTEN: "LISTEN",
-    Verb.TWO_PHASE: "PREPARE TRANSACTION, COMMIT PREPARED and ROLLBACK PREPARED",
-}
+_REFUSED: Final = {Verb.TWO_PHASE: "PREPARE TRANSACTION, COMMIT PREPARED and ROLLBACK PREPARED"}
 
 
 class Failure(Exception):
@@ -100,15 +100,24 @@ def control_of(prepared: Parse) -> Local | None:
     if len(script.statements) != 1:
         return None
     statement = script.statements[0]
+    if script.plain and script.session:
+        return names.forgets(statement.text)
     known = statement.verb in _CHANGES or statement.verb in _REFUSED or statement.verb in _NESTED
     return statement if known else None
 
 
-def is_local(statement: Statement, transaction: Transaction) -> bool:
-    """Return whether a statement is answered here."""
-    if statement.verb in _NESTED:
+def is_local(control: Local, transaction: Transaction) -> bool:
+    """Return whether that is answered here."""
+    if isinstance(control, names.Forgets):
+        return True
+    if control.verb in _NESTED:
         return not transaction.is_open
-    return statement.verb in _CHANGES or statement.verb in _REFUSED
+    return control.verb in _CHANGES or control.verb in _REFUSED
+
+
+def has_local(script: Script, transaction: Transaction) -> bool:
+    """Return whether a part of a script is answered here."""
+    return any(is_local(each, transaction) or each.verb is Verb.BEGIN for each in script.statements)
 
 
 def answer(statement: Statement, transaction: Transaction) -> tuple[bytes, Ends | None]:

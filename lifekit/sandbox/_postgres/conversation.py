@@ -20,8 +20,20 @@ from lifekit.sandbox._sql import Statement, Verb, read
 
 from . import messages, names
 from .carrier import Batch, Carrier, ServerFailed, Steps
-from .control import UNSUPPORTED, Failure, Local, answer, control_of, is_local
-from .messages import READY, SYNC, Backend, Bind, Frontend, Parse, complete
+from .control import (
+    RESET,
+    RESET_DONE,
+    UNSUPPORTED,
+    Failure,
+    Local,
+    answer,
+    control_of,
+    has_local,
+    is_local,
+)
+from .copying import Copying
+from .messages import READY, Backend, Bind, Frontend, Parse
+from .notifications import Ear, found, has_parts, stands_alone
 from .real import Exchange
 from .refusals import ACTIVE_TRANSACTION, CYCLE, IDLE, LOCK_NOT_AVAILABLE, OTHER_ROWS, WAY_OUT, hinted
 from .session import CANCELED, Savepoint, Session
@@ -36,12 +48,8 @@ DUPLICATE_STATEMENT = "42P05"
 _STATEMENT = ord("S")
 _ROLLBACK = Statement("ROLLBACK", Verb.ROLLBACK)
 _SET = Statement("SET TRANSACTION", Verb.SET_TRANSACTION)
-_COPY = frozenset((Frontend.COPY_DATA, Frontend.COPY_DONE, Frontend.COPY_FAIL))
 _ALONE = frozenset((Frontend.QUERY, Frontend.FUNCTION_CALL))
 """What no Sync follows."""
-_RESET = b"SELECT pg_advisory_unlock_all();\nCLOSE ALL;\nUNLISTEN *;\nRESET ALL;"
-"""What asyncpg's pool says of each connection that comes back, as of asyncpg 0.32."""
-_RESET_DONE = b"".join(map(complete, ("SELECT 1", "CLOSE CURSOR ALL", "UNLISTEN", "RESET")))
 
 
 class Conversation:
@@ -51,11 +59,12 @@ class Conversation:
         self.client, self.session = client, session
         self.carrier = Carrier(self, session)
         self.transaction = self.carrier.transaction
+        self.ear = Ear(client.channels or (), client.send)
         self._inbox: deque[tuple[int, bytes]] = deque()
         self._batch = Batch()
         self._portals: dict[bytes, bytes | Local] = {}
         self._bound: dict[bytes, str] = {}  # the texts of portals
-        self._copies: Exchange | None = None
+        self._copying = Copying(session.real.send)
         self._sql = names.PreparedBySql()
         self._is_between = True  # the client may stop here
         self._runs = self._called = False
@@ -97,10 +106,12 @@ class Conversation:
         """Note how it stands, for a block begins inside of the one that it is in."""
         self._sql.mark(self.client.hub.depth)
         self.carrier.mark(self.client.hub.depth)
+        self.ear.mark(self.client.hub.depth)
 
     def back(self) -> None:
         """Stand as before a block that ends inside of another one."""
         self.carrier.back(self.client.hub.depth)
+        self.ear.back(self.client.hub.depth)
         closed, again = self._sql.back(self.client.hub.depth)
         self.session.garbage += closed
         self.client.prepared = again | self.client.prepared
@@ -115,9 +126,8 @@ class Conversation:
         """End, because the client has gone: what it has not committed is undone."""
         if not self.is_active:
             self._abandon()
-        elif self._copies is not None:  # the server reads, and heeds nothing else
-            ended = b"" if self._copies.simple else SYNC
-            self.session.real.send(messages.message(Frontend.COPY_FAIL, b"gone\0") + ended)
+        elif self._copying.is_on:  # the server reads, and heeds nothing else
+            self._copying.fail()
         else:
             self.client.hub.cancel_active(self)
 
@@ -152,7 +162,7 @@ class Conversation:
 
     def take(self, kind: int, whole: bytes) -> None:
         """Take a message of the client's, to work at when it is resumed."""
-        if self._copies is not None and not self._inbox:
+        if self._copying.is_on and not self._inbox:
             self._copy(kind, whole)
             return
         self._inbox.append((kind, whole[5:]))
@@ -193,7 +203,7 @@ class Conversation:
     @property
     def is_free(self) -> bool:
         """Whether nothing has been said of which more is to come."""
-        return self._is_between and not (self._inbox or self._hurries or self._copies)
+        return self._is_between and not (self._inbox or self._hurries or self._copying.is_on)
 
     def hurries(self, bound: bytes | None, *, is_whole: bool) -> None:
         """Take note that something is sent at once: what is bound to the unnamed portal, or a Query."""
@@ -281,6 +291,7 @@ class Conversation:
         self._is_between = True
         if not self.transaction.is_open:
             self._drop_portals()
+            self.ear.tell()
         self.carrier.rests()
         self.client.send(READY[self.transaction.status])
         self.client.hub.rests_in_block()
@@ -293,7 +304,8 @@ class Conversation:
         try:
             yield from self.carrier.carry(batch)
         finally:
-            self._batch, self._copies = Batch(), None
+            self._batch = Batch()
+            self._copying.end()
 
     def unnamed_again(self) -> bytes:
         """Return what prepares the client's unnamed statement."""
@@ -344,6 +356,7 @@ class Conversation:
     def _encoded(self, prepared: Parse) -> bytes:
         script = read(prepared.text.decode("utf-8", "surrogateescape"))
         name = self._name(prepared.name)
+        prepared = replace(prepared, text=found(prepared.text))
         if script.session and len(script.statements) == 1:
             text = self._renamed(prepared.text.decode("utf-8", "surrogateescape"))
             prepared = replace(prepared, text=text.encode("utf-8", "surrogateescape"))
@@ -372,11 +385,15 @@ class Conversation:
             yield from self._flush()
         yield from self._check_rows(bound.statement)
         prepared, control = self._statement(bound.statement)
-        if control is not None and self._is_local(control):
+        if control is not None and is_local(control, self.transaction):
             yield from self._flush()
             self._portals[bound.portal] = control
             self.client.send(messages.BIND_COMPLETE)
             return
+        text = prepared.text.decode("utf-8", "surrogateescape")
+        if self._batch.texts and self.session.capture.is_wanted and stands_alone(text):
+            yield from self._flush()
+            self._statement(bound.statement)
         statement = self._name(bound.statement)
         if control is not None:  # SAVEPOINT and the like, for this once
             self._batch.again.append(prepared.encode(b""))
@@ -386,7 +403,7 @@ class Conversation:
         # there is one.
         portal = bound.portal
         self._portals[portal] = portal
-        self._bound[portal] = prepared.text.decode("utf-8", "surrogateescape")
+        self._bound[portal] = text
         self._batch.sent.append(bound.encode(portal, statement))
 
     def _check_rows(self, name: bytes) -> Steps:
@@ -402,9 +419,6 @@ class Conversation:
         found = yield from self.carrier.description(again, known[name])
         if found != expected:
             raise Failure(UNSUPPORTED, OTHER_ROWS, source="RevalidateCachedQuery")
-
-    def _is_local(self, control: Local) -> bool:
-        return isinstance(control, names.Forgets) or is_local(control, self.transaction)
 
     def _describe(self, what: int, name: bytes) -> Steps:
         if what == _STATEMENT:
@@ -449,6 +463,8 @@ class Conversation:
         self._batch.texts.append(text)
         self._batch.only_reads &= bool(text) and read(text).reads
         self._batch.sent.append(messages.execute(portal, rows))
+        if self.session.capture.is_wanted and stands_alone(text):
+            yield from self._flush()
 
     def _close(self, what: int, name: bytes) -> Steps:
         yield from self._flush()
@@ -471,14 +487,16 @@ class Conversation:
     # -- simple queries ------------------------------------------------------------------------------
 
     def _query(self, text: bytes) -> Steps:
-        if text == _RESET and not (self.transaction.is_open or self.carrier.touched):
-            self.client.send(_RESET_DONE)
+        if text == RESET and not (self.transaction.is_open or self.carrier.touched):
+            self.ear.channels.clear()
+            self.client.send(RESET_DONE)
             return
         decoded = text.decode("utf-8", "surrogateescape")
         script = read(decoded)
         if not script.statements:
             self.client.send(messages.message(Backend.EMPTY_QUERY))
             return
+        text = found(text)
         transaction = self.transaction
         if len(script.statements) == 1 and (script.session or script.local):
             decoded = self._renamed(decoded)
@@ -486,15 +504,15 @@ class Conversation:
                 yield from self._forget(forgets.tag)
                 return
             text = decoded.encode("utf-8", "surrogateescape")
-        if not any(
-            is_local(each, transaction) or each.verb is Verb.BEGIN for each in script.statements
-        ):
+        parts = self.session.capture.is_wanted and text != RESET and has_parts(script)
+        if not (parts or has_local(script, transaction)):
             end = yield from self._run(text, decoded, only_reads=script.reads, holds=True)
             yield from self.carrier.commit_implicit()
             if end:
                 self.client.send(end)
-            if text == _RESET:
+            if text == RESET:
                 self.carrier.touched = False
+                self.ear.channels.clear()
             return
         if len(script.statements) > 1:
             yield from self.carrier.check_syntax(text)
@@ -513,7 +531,7 @@ class Conversation:
             query = messages.query(text)
             return (yield from self.carrier.run(query, decoded, only_reads=only_reads, holds=holds))
         finally:
-            self._copies = None
+            self._copying.end()
 
     def _renamed(self, text: str) -> str:
         text, prepared = names.renamed(text, f"lifekit_{self.client.number}_")
@@ -534,6 +552,7 @@ class Conversation:
         self.client.prepared.clear()
         if tag == "DISCARD ALL":
             self.carrier.reset()
+            self.ear.channels.clear()
         self.client.send(messages.complete(tag))
 
     # -- transactions ----------------------------------------------------------------------------------
@@ -575,25 +594,13 @@ class Conversation:
 
     def copy_begins(self, exchange: Exchange) -> None:
         """Send the client's data, of which some may have come before the server asked for it."""
-        self._copies = exchange
+        self._copying.begin(exchange)
         if self.client.closed:
             self.gone()
-        while self._inbox and self._is_copying():
+        while self._inbox and self._copying.is_on:
             kind, body = self._inbox.popleft()
             self._copy(kind, messages.message(kind, body))
 
-    def _is_copying(self) -> bool:
-        return self._copies is not None
-
     def _copy(self, kind: int, whole: bytes) -> None:
-        assert self._copies is not None
-        if kind in _COPY:
-            self.session.real.send(whole)
-            if self._copies.simple and kind != Frontend.COPY_DATA:
-                self._copies = None
-        elif kind == Frontend.SYNC:
-            # The server has ignored the one that came behind what began the COPY.
-            self._copies = None
-            self.session.real.send(SYNC)
-            if not self._batch.syncs:
-                self._inbox.append((kind, b""))
+        if self._copying.take(kind, whole) and not self._batch.syncs:
+            self._inbox.append((kind, b""))

@@ -22,7 +22,10 @@ _CONTROLS = frozenset({Verb.BEGIN, Verb.COMMIT, Verb.ROLLBACK})
 _RUN = [Frontend.BIND, Frontend.EXECUTE, Frontend.SYNC]
 _ALL_ROWS = b"\0\0\0\0"
 _LONG = 10_000
-_SPECIAL = re.compile("advisory|cursor|config|notif|listen|copy|constraints", re.IGNORECASE)
+_SPECIAL = re.compile(
+    "advisory|cursor|config|notif|listen|copy|constraints|search_path|client_min|schema|pg_settings|show",
+    re.IGNORECASE,
+)
 """What is in a text of which more than the answer may come."""
 
 

@@ -84,8 +84,6 @@ class Hub:
         self._waiting: deque[Callable[[], None]] = deque()  # for the end that is under way
         self._overdue: Timer | None = None  # what ends the wait for those that are busy
         self._wrong: list[str] = []  # of those that are undone
-        self.has_listeners = False
-        """Whether a client has said LISTEN outside of blocks."""
         self.schema_undone = False
         """Whether the last block that ended had changed a schema."""
 
@@ -275,6 +273,8 @@ class Hub:
             self._begin_inside(begun)
             return
         self.depth = 1
+        for client in self.clients.values():
+            client.ask_for_channels()
         waiting = {client.relay for client in self.clients.values() if client.waits}
         for each in list(self._sessions.values()):
             lender = self._lenders[each]
@@ -333,6 +333,8 @@ class Hub:
         shared.begin(lender.sets)
         for _ in range(1, self.depth):
             shared.begin_inside()
+        clients = self._clients_at(lender.belongs[:2])
+        shared.capture.is_wanted = any(each.is_listener for each in clients)
 
     def schema_changes(self) -> None:
         """Take note that a client changes it outside of blocks."""
@@ -343,16 +345,49 @@ class Hub:
         """Move a client that says something into the block, unless it is in the midst of something."""
         if not self.is_open or not client.is_idle:
             return
+        client.ask_for_channels()
+        if client.is_asking:
+            return
         assert client.relay is not None
         key = client.relay.belongs
         if key not in self._sessions:
-            shared = Session(RealConnection(client.relay.send), self._later)
+            shared = Session(RealConnection(client.relay.send, client.send), self._later)
             self._sessions[key] = shared
             self._lenders[shared] = client.relay
             self._lend(shared)
         shared = self._sessions[key]
         if client.knows_settings(self._lenders[shared]):
             client.enter(shared)
+
+    # -- notifications -------------------------------------------------------------------------------
+
+    def _clients_at(self, place: tuple[object, bytes]) -> list[VirtualConnection]:
+        # Whoever has come to that server and database, as whichever user.
+        return [
+            each
+            for each in self.clients.values()
+            if each.relay is not None and each.relay.is_ready and each.relay.belongs[:2] == place
+        ]
+
+    def listens(self, client: VirtualConnection) -> None:
+        """Take note that a client in a block listens to something."""
+        assert client.relay is not None
+        for key, each in self._sessions.items():
+            each.capture.is_wanted |= key[:2] == client.relay.belongs[:2]
+
+    def is_heard(self, sender: VirtualConnection, channel: str) -> bool:
+        """Return whether another client than *sender* listens to a channel, or may do so."""
+        assert sender.relay is not None
+        others = self._clients_at(sender.relay.belongs[:2])
+        return any(each.may_hear(channel) for each in others if each is not sender)
+
+    def deliver(self, sender: VirtualConnection, channel: str, notification: bytes) -> None:
+        """Let who listens to a channel have what was sent to it."""
+        assert sender.relay is not None
+        for each in self._clients_at(sender.relay.belongs[:2]):
+            each.hear(channel, notification)
+
+    # -- the end of a block --------------------------------------------------------------------------
 
     def end(self, ended: Callable[[list[str]], None]) -> None:
         """End the block: have everything undone, then call *ended* with what went wrong.

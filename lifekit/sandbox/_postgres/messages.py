@@ -243,10 +243,13 @@ def read_query(body: bytes) -> bytes:
     return text
 
 
-def error_fields(body: bytes) -> dict[str, str]:
-    """Return the fields of an error or notice: ``C`` is its SQLSTATE, ``M`` its text."""
+def error_fields(body: bytes, errors: str = "replace") -> dict[str, str]:
+    """Return the fields of an error or notice: ``C`` is its SQLSTATE, ``M`` its text.
+
+    *errors* is what becomes of bytes that are no UTF-8.
+    """
     fields = (field for field in body.split(b"\0") if field)
-    return {chr(field[0]): field[1:].decode("utf-8", "replace") for field in fields}
+    return {chr(field[0]): field[1:].decode("utf-8", errors) for field in fields}
 
 
 # -- how a connection begins ----------------------------------------------------------------------

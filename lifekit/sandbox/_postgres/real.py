@@ -83,9 +83,15 @@ class Exchange:
 class RealConnection:
     """One that several clients share."""
 
-    def __init__(self, send: Callable[[bytes], object]) -> None:
-        """*send* sends to the server."""
-        self.send = send
+    def __init__(
+        self,
+        send: Callable[[bytes], object],
+        notified: Callable[[bytes], object] = lambda _: None,
+    ) -> None:
+        """*send* sends to the server; *notified* gets what is for whoever it was lent by."""
+        self.send, self._notified = send, notified
+        self.noticed: Callable[[bytes], bool] = lambda _: True
+        """Gets each notice, and says whether the client is to have it."""
         self.exchanges: deque[Exchange] = deque()
         self._frames = Frames(Backend.ALL, _MANY)
 
@@ -111,13 +117,18 @@ class RealConnection:
         for kind, at, end in found:
             if not self.exchanges:
                 begin = end
+                if kind == Backend.NOTIFICATION:
+                    self._notified(data[at:end])
                 continue
             exchange = self.exchanges[0]
             if exchange.drop:
                 exchange.ahead = b""
                 begin = at
                 if kind not in _ENDS:
-                    exchange.drop -= kind in Backend.COMPLETE
+                    if kind in Backend.COMPLETE:
+                        exchange.drop -= 1
+                    elif kind == Backend.NOTIFICATION:
+                        self._notified(data[at:end])
                     begin = end
                     continue
             elif kind in _PLAIN and not (exchange.again or exchange.holds):
@@ -142,8 +153,11 @@ class RealConnection:
     def _passes(self, exchange: Exchange, kind: int, data: bytes, at: int, end: int) -> bool:
         if kind == Backend.READY:
             return False
+        if kind == Backend.NOTIFICATION:
+            self._notified(data[at:end])
+            return False
         if kind in Backend.UNASKED:
-            return True
+            return kind != Backend.NOTICE or self.noticed(data[at + HEADER : end])
         if kind == Backend.ERROR:
             exchange.error = data[at + 5 : end]
             exchange.guard_failed = exchange.drop > 0

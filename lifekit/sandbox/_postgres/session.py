@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from .advisory import LOCKS, unlock_all_but
 from .messages import BIND_COMPLETE, SYNC, Parse, complete, error_fields, query, run_prepared
+from .notifications import COVERED, Capture
+from .own import ANSWERS, ARE_DEFAULT, CLOSE_CURSORS, IF_PERMITTED, texts
 from .real import Client, Exchange, RealConnection
 from .settings import LIMITS, setting
 
@@ -77,51 +79,7 @@ _IF_CANCELLED = {
     Savepoint.NESTED_BROKEN: Savepoint.NESTED_BROKEN,
 }
 """How the savepoint stands if what sets it is cancelled. Where it was released, all is lost."""
-_ANSWERS = {
-    "begin": "BEGIN",
-    "limit": "SET",
-    "block": "SAVEPOINT",
-    "set": "SAVEPOINT",
-    "release": "RELEASE",
-    "undo": "ROLLBACK",
-    "rollback": "ROLLBACK",
-}
 CANCELED = "57014"
-_NO_LIMIT = """CASE current_setting('{0}', true) WHEN '0' THEN '0' ELSE
-    CASE WHEN current_setting('{0}', true) IS NOT NULL THEN set_config('{0}', '0', true) END END"""
-_LIMITS = (
-    "SELECT CASE current_setting('lock_timeout') WHEN '0' "
-    "THEN set_config('lock_timeout', '9999', true) END, "
-    + ", ".join(
-        _NO_LIMIT.format(name)  # of which older servers know not all
-        for name in (
-            "idle_in_transaction_session_timeout",
-            "idle_session_timeout",
-            "transaction_timeout",
-        )
-    )
-).encode()
-"""The real transaction may be idle and long, and waits for no lock forever."""
-_ARE_DEFAULT = """SELECT bool_and(setting = '0') FROM pg_catalog.pg_settings
-WHERE name IN ('lock_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout',
-    'transaction_timeout')"""
-"""Whether all of those are off, so that one of them is all that has to be set."""
-_NEWEST = b"SELECT max(oid) FROM pg_catalog.pg_constraint"
-_UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
-    (SELECT max(oid) FROM pg_catalog.pg_constraint)"""
-"""And tell the newest constraint, by which a change of the schema from elsewhere shows."""
-_CLOSE_CURSORS = """DO $lifekit$ DECLARE commands text; BEGIN
-SELECT string_agg('CLOSE ' || quote_ident(name), ';') INTO commands FROM pg_catalog.pg_cursors
-WHERE NOT is_holdable AND name !~ '^lifekit_';
-IF commands IS NOT NULL THEN EXECUTE commands; END IF; END $lifekit$"""
-_IF_PERMITTED = """DO $lifekit$ BEGIN %s;
-EXCEPTION WHEN insufficient_privilege THEN NULL; END $lifekit$"""
-_DEFERRABLE = """SELECT string_agg(DISTINCT name, ', '),
-    string_agg(DISTINCT name, ', ') FILTER (WHERE condeferred)
-FROM (SELECT format('%I.%I', nspname, conname) AS name, condeferred
-    FROM pg_catalog.pg_constraint JOIN pg_catalog.pg_namespace AS n ON n.oid = connamespace
-    WHERE condeferrable AND conparentid = 0) AS each"""
-"""The names of all constraints that a commit may have to check, and of those that wait for it."""
 
 
 _UNTOUCHED = frozenset((Savepoint.MISSING, Savepoint.BROKEN, Savepoint.NESTED))
@@ -138,35 +96,12 @@ class _Outer:
     applied: dict[str, str | None]
     locks: str | None
     """The advisory locks, which the block inside is to keep."""
+    listens_in: tuple[bool, bool]
+    """Whether that is wanted, and done."""
 
 
 _OTHER_STATUS = "its transaction is not as it was before the block"
 _numbers = count(1)  # of all sessions: a real connection may have been that of another one
-
-
-def _texts(name: bytes) -> dict[str, bytes]:
-    # What the session prepares for itself, where that is the name of its savepoint.
-    return {
-        "rollback": b"ROLLBACK",
-        "begin": b"BEGIN",
-        "limits": _LIMITS,
-        "limit": b"SET LOCAL lock_timeout = 9999",
-        "set": b"SAVEPOINT " + name,
-        "block": b"SAVEPOINT " + name + b"_block",
-        "undo_block": b"ROLLBACK TO SAVEPOINT " + name + b"_block",
-        "release_block": b"RELEASE SAVEPOINT " + name + b"_block",
-        "release": b"RELEASE SAVEPOINT " + name,
-        "undo": b"ROLLBACK TO SAVEPOINT " + name,
-        "read_only": b"SET TRANSACTION READ ONLY",
-        "fail": b"SELECT 1/0",
-        "check": b"SAVEPOINT " + name + b"_check",
-        "uncheck": b"ROLLBACK TO SAVEPOINT " + name + b"_check",
-        "release_check": b"RELEASE SAVEPOINT " + name + b"_check",
-        "deferrable": _DEFERRABLE.encode(),
-        "discard": b"DISCARD SEQUENCES",
-        "unlock": _UNLOCK,
-        "newest": _NEWEST,
-    }
 
 
 class Session:
@@ -211,11 +146,13 @@ class Session:
         self._cancelling = 0
         self._own_exchanges = 0  # of those under way: what blocks need, which keeps nothing waiting
         self._if_cancelled: Savepoint | None = None  # of the guard that is about to be sent
-        name = f"lifekit_{token_hex(8)}".encode()
-        texts = _texts(name)
-        self._own = {what: name + b"_" + what.encode() for what in texts}
+        self.capture = Capture(f"lifekit_{token_hex(8)}")
+        real.noticed = self._noticed
+        name = self.capture.schema.encode()
+        prepared = texts(name)
+        self._own = {what: name + b"_" + what.encode() for what in prepared}
         self._prepare = b"".join(
-            Parse(self._own[what], text, b"\0\0").encode() for what, text in texts.items()
+            Parse(self._own[what], text, b"\0\0").encode() for what, text in prepared.items()
         )
         self._is_prepared = False
         self._runs = {what: run_prepared(name) for what, name in self._own.items()}
@@ -309,10 +246,14 @@ class Session:
 
     def guard(self, settings: Mapping[str, str | None], *, read_only: bool) -> tuple[bytes, int]:
         """Return what sets a clean savepoint under some settings, and how many answers it gets."""
-        steps = _TO_CLEAN[self.savepoint, bool(other := self._other(settings))]
+        other, capture = self._other(settings), self.capture
+        installs = capture.is_wanted and not (
+            capture.is_installed and self.savepoint is not Savepoint.BROKEN
+        )
+        steps = _TO_CLEAN[self.savepoint, bool(other) or installs]
         self._if_cancelled = None if "release" in steps else _IF_CANCELLED.get(self.savepoint)
         self.savepoint = Savepoint.FAILED  # until what follows has ended well
-        if self._is_prepared and not (other or read_only):
+        if self._is_prepared and not (other or installs or read_only):
             sent, answers, self._ahead = self._usual_guard(steps)
             return sent, answers
         sent, answers = b"", 0
@@ -320,10 +261,9 @@ class Session:
             sent, answers, self._is_prepared = self._prepare, len(self._own), True
         for what in steps:
             if what == "settings":
-                sent += Parse(b"", setting(other).encode(), b"\0\0").encode() + run_prepared(b"")
-                answers += 3
-                self.unnamed = None
-                self.applied.update(other)
+                own = self._set_up(other, installs=installs)
+                sent += b"".join(map(self.unprepared, own))
+                answers += 3 * len(own)
             else:
                 sent += self._runs[what]
                 answers += 2
@@ -338,10 +278,32 @@ class Session:
         if key not in self._usual:
             whats = ["limit" if what == "limits" and self._are_default else what for what in steps]
             sent = b"".join(self._runs[what] for what in whats)
-            known = list(takewhile(_ANSWERS.__contains__, whats))
-            ahead = b"".join(BIND_COMPLETE + complete(_ANSWERS[what]) for what in known)
+            known = list(takewhile(ANSWERS.__contains__, whats))
+            ahead = b"".join(BIND_COMPLETE + complete(ANSWERS[what]) for what in known)
             self._usual[key] = sent, 2 * len(whats), (ahead, 2 * len(known))
         return self._usual[key]
+
+    def _set_up(self, other: dict[str, str | None], *, installs: bool) -> list[str]:
+        own: list[str] = []
+        if other:
+            self.applied.update(other)
+            level = {"lifekit.level": ""} if "client_min_messages" in other else {}
+            own.append(setting({**other, **level}))
+        if installs:
+            self.capture.is_installed = True
+            own.append(self.capture.install)
+        if installs or (self.capture.is_installed and COVERED & other.keys()):
+            own.append(self.capture.cover)
+        return own
+
+    def unprepared(self, text: str) -> bytes:
+        """Return what runs a statement that nobody has prepared: three answers."""
+        self.unnamed = None
+        return Parse(b"", text.encode("utf-8", "surrogateescape"), b"\0\0").encode() + run_prepared(b"")
+
+    def _noticed(self, body: bytes) -> bool:
+        holder = self.holder
+        return not self.capture.is_wanted or holder is None or holder.carrier.noticed(body)
 
     def _other(self, settings: Mapping[str, str | None]) -> dict[str, str | None]:
         if not (settings or self.applied):
@@ -423,10 +385,10 @@ class Session:
         # that are made later.
         named, deferred = self.deferrable or ("", "")
         found = [f"SET CONSTRAINTS {named if by_name else 'ALL'} IMMEDIATE"] if checks and named else []
-        found += [_CLOSE_CURSORS] if cursors else []
+        found += [CLOSE_CURSORS] if cursors else []
         if checks and deferred:
             again = f"SET CONSTRAINTS {deferred} DEFERRED"
-            found += [again if by_name else _IF_PERMITTED % again]
+            found += [again if by_name else IF_PERMITTED % again]
         return found
 
     def _escaped(self, exchange: Exchange) -> None:
@@ -479,6 +441,7 @@ class Session:
         self.savepoint = Savepoint.MISSING
         self._used = self.schema_changed = self._has_differed = False
         self._locks, self._locks_known = None, -1
+        self.capture.is_wanted = self.capture.is_installed = False
         if self._are_default is None or not LIMITS.isdisjoint(sets):
             self._learn_limits()
         self.base.clear()
@@ -487,7 +450,14 @@ class Session:
     def begin_inside(self) -> None:
         """Begin a block inside the one that there is, where nothing is under way."""
         self._park_holder()
-        outer = _Outer(self.savepoint, self._used, self.schema_changed, dict(self.applied), self._locks)
+        outer = _Outer(
+            self.savepoint,
+            self._used,
+            self.schema_changed,
+            dict(self.applied),
+            self._locks,
+            (self.capture.is_wanted, self.capture.is_installed),
+        )
         if self.savepoint not in _UNTOUCHED and self.activity != self._locks_known:
             self._learn_locks(outer)
         self._outer.append(outer)
@@ -516,7 +486,7 @@ class Session:
 
         self._are_default = False
         self._own_exchanges += 1
-        self.real.begin(Exchange(None, learned, simple=True), query(_ARE_DEFAULT.encode()))
+        self.real.begin(Exchange(None, learned, simple=True), query(ARE_DEFAULT.encode()))
 
     def _park_holder(self) -> None:
         if self.holder is not None:
@@ -546,6 +516,7 @@ class Session:
         self._has_differed |= self.schema_changed
         self._forget_schema()
         self._used, self.schema_changed, self.applied = outer.used, outer.schema_changed, outer.applied
+        self.capture.is_wanted, self.capture.is_installed = outer.listens_in
         self.savepoint = outer.savepoint
         if not used:
             ended(None)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 from lifekit.sandbox._sql import FOR_THE_SESSION, WORDS, read
 
@@ -87,9 +88,13 @@ def _sets(text: str) -> Sets:
     return Sets(frozenset(local), frozenset(session), resets_all, is_unknown, is_fixed)
 
 
-def asking(names: Iterable[str]) -> str:
-    """Return the query for the values of some settings, one column each."""
-    return "SELECT " + ", ".join(f"pg_catalog.current_setting({literal(name)}, true)" for name in names)
+def asking(names: Iterable[str], instead: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the query for the values of some settings, one column each.
+
+    *instead* are expressions for those that are asked for otherwise.
+    """
+    usual = "pg_catalog.current_setting({}, true)".format
+    return "SELECT " + ", ".join(instead.get(name) or usual(literal(name)) for name in names)
 
 
 def setting(values: Mapping[str, str | None]) -> str:

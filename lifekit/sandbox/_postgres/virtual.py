@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from . import express, messages
 from .conversation import Conversation
 from .messages import Frames, Frontend, Parse, ProtocolError
+from .notifications import CHANNELS, channels_in, listens
 from .real import Relay
 from .settings import asking, sets
 
@@ -25,7 +26,6 @@ PROTOCOL_VIOLATION = "08P01"
 _CHANGES = re.compile(rb"set|discard|listen|create|alter|drop", re.IGNORECASE)
 """What is in a text that changes the session's own state, or the schema."""
 _SCHEMA = re.compile(rb"\b(create|alter|drop)\b", re.IGNORECASE)
-_LISTENS = re.compile(rb"\blisten\b", re.IGNORECASE)
 _ENDS = frozenset((Frontend.SYNC, Frontend.QUERY, Frontend.FUNCTION_CALL))
 """What the server answers with a ReadyForQuery."""
 
@@ -62,7 +62,11 @@ class VirtualConnection:
         self.settings: dict[str, str | None] = {}
         """What differs on its own connection from that which is lent."""
         self.is_asking = False
-        """Whether its own connection is asked for that."""
+        """Whether its own connection is asked for that, or for its channels."""
+        self.channels: set[str] | None = set()
+        """What its own connection listens to; None where that is to be asked."""
+        self._may_listen = False  # for it has listened to something outside of blocks
+        self._unheard: list[tuple[str, bytes]] = []  # notifications that came while it is asked
         self._asked: frozenset[str] = frozenset()  # for which those are known
         self._socket = socket
         self._frames = Frames(Frontend.ALL)
@@ -183,6 +187,9 @@ class VirtualConnection:
 
     def released(self) -> None:
         """Take note that its own connection is its own again."""
+        unheard, self._unheard = self._unheard, []
+        for channel, notification in unheard:
+            self.hear(channel, notification)
         held, self._held = self._held, b""
         if held:
             self.receive(held)
@@ -229,6 +236,8 @@ class VirtualConnection:
         assert self.relay is not None
         if self.stale:
             self._prepare_again(self.relay)
+        if self._may_listen:
+            self.channels = None
         for kind, begin, end in found:
             if kind in _ENDS:
                 self.relay.awaited += 1
@@ -252,12 +261,13 @@ class VirtualConnection:
     def _note_settings(self, text: bytes) -> None:
         if _CHANGES.search(text) is None:
             return
-        if _LISTENS.search(text) is not None:
-            self.hub.has_listeners = True
         if _SCHEMA.search(text) is not None:
             self.hub.schema_changes()
         assert self.relay is not None
-        self.relay.sets |= sets(text.decode("utf-8", "surrogateescape")).session
+        decoded = text.decode("utf-8", "surrogateescape")
+        if listens(decoded):
+            self._may_listen, self.channels = True, None
+        self.relay.sets |= sets(decoded).session
         self._asked = frozenset()
 
     def knows_settings(self, lender: Relay) -> bool:
@@ -284,6 +294,51 @@ class VirtualConnection:
         self.is_asking = True
         relay.ask_for(messages.query(asking(asked).encode()), got)
         return False
+
+    # -- what it listens to --------------------------------------------------------------------------
+
+    def ask_for_channels(self) -> None:
+        """Ask its own connection what that listens to, unless that is known."""
+        if self.channels is not None or self.is_asking or not self.is_idle:
+            return
+        assert self.relay is not None
+        if self.relay.lent is not None:  # what it listens to comes true outside of blocks
+            return
+
+        def got(row: list[str | None]) -> None:
+            self.channels = channels_in(row[0] if row else None)
+            self.is_asking = False
+            self.released()
+
+        self.is_asking = True
+        self.relay.ask_for(messages.query(CHANNELS.encode()), got)
+
+    @property
+    def is_listener(self) -> bool:
+        """Whether it may listen to anything."""
+        if self.conversation is not None:
+            return bool(self.conversation.ear.channels)
+        return self._may_listen
+
+    def may_hear(self, channel: str) -> bool:
+        """Return whether it listens to a channel, as far as that is known."""
+        if self.conversation is not None:
+            return channel in self.conversation.ear.channels
+        return self.channels is None or channel in self.channels
+
+    def hear(self, channel: str, notification: bytes) -> None:
+        """Take a notification, which it gets if it listens to that and belongs to the block."""
+        if (conversation := self.conversation) is not None:
+            at_once = conversation.rests and not conversation.transaction.is_open
+            conversation.ear.hear(channel, notification, at_once=at_once)
+            return
+        self.ask_for_channels()
+        if self.is_asking:
+            self._unheard.append((channel, notification))
+        elif self.channels is not None and channel in self.channels and self.is_idle:
+            self.send(notification)
+
+    # -- what it has prepared --------------------------------------------------------------------------
 
     def forget_on_session(self, name: bytes) -> None:
         """Take note that what the session has for a name is something else now."""

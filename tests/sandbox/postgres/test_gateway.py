@@ -108,6 +108,12 @@ async def test_a_transaction_that_has_only_read_makes_nobody_wait(
             assert await reader.value(COUNT) == 1
             await reader.run(ADD)
             await reader.run("ROLLBACK")
+            await reader.run("BEGIN READ ONLY")
+            assert await reader.value(COUNT) == 1
+            await writer.run("DELETE FROM wire")
+            await writer.run(ADD)
+            assert await refused(reader, ADD) == "25006"
+            await reader.run("ROLLBACK")
             assert await writer.value(COUNT) == 1
             await reader.run("BEGIN")
             assert await refused(reader, "SELECT 1/0") == "22012"
