@@ -61,12 +61,13 @@ class Block:
     def __init__(self, lifespan: Lifespan, location: Site) -> None:
         self.location = location
         self.over: bool = False
+        self._is_left = False
         self.lifespan = lifespan
         self._begun: list[tuple[str, Sandbox]] = []
         self._outer: Block | None = None  # of the context, which may be another lifespan's
         self._around: Block | None = None  # of the same lifespan
         self._patches: tuple[Lifespan, ...] = ()
-        self._ended: anyio.Event | None = None
+        self._ended: anyio.Event | None = None  # for who waits until it has been left
 
     async def __aenter__(self) -> Self:
         """Begin.
@@ -170,7 +171,7 @@ class Block:
         """
         if self.over:
             return
-        self.over, self._ended = True, anyio.Event()
+        self.over = True
         if current_block.get() is self:
             outer = self._outer
             while outer is not None and outer.over:  # which ended first
@@ -186,13 +187,16 @@ class Block:
             )
         finally:
             self.lifespan.block = self._around
-            self._ended.set()
+            self._is_left = True
+            if self._ended is not None:
+                self._ended.set()
 
     async def _end_all(self) -> None:
         inner = self.lifespan.block
         if inner is not None and inner is not self:
             try:
-                if inner._ended is not None:  # another task is about to leave it
+                if inner.over and not inner._is_left:  # another task is about to leave it
+                    inner._ended = anyio.Event()
                     await sit_out(inner._ended)
                 await inner.__aexit__(None, None, None)
             finally:

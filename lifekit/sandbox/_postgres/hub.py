@@ -122,9 +122,10 @@ class Hub:
         return not (self.is_turning or self._is_refused) and self._all_rest(self.depth - 1)
 
     def _all_rest(self, depth: int) -> bool:
-        if any(not self._rests(client, depth) for client in self.clients.values()):
-            return False
-        return not any(each.is_busy for each in self._sessions.values())
+        for client in self.clients.values():
+            if not self._rests(client, depth):
+                return False
+        return not any([each.is_busy for each in self._sessions.values()])
 
     @staticmethod
     def _rests(client: VirtualConnection, depth: int) -> bool:

@@ -200,12 +200,14 @@ class RealConnection:
 
 
 def _rows(data: bytes, begin: int, end: int) -> list[list[str | None]]:
-    _, found = Frames(Backend.ALL).feed(data[begin:end])
-    return [
-        _columns(data[begin + at + HEADER : begin + ends])
-        for kind, at, ends in found
-        if kind == Backend.DATA_ROW
-    ]
+    # Of whole messages.
+    found: list[list[str | None]] = []
+    while begin < end:
+        last = begin + 1 + int.from_bytes(data[begin + 1 : begin + HEADER], "big")
+        if data[begin] == Backend.DATA_ROW:
+            found.append(_columns(data[begin + HEADER : last]))
+        begin = last
+    return found
 
 
 def _columns(body: bytes) -> list[str | None]:

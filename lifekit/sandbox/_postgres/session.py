@@ -541,12 +541,13 @@ class Session:
         ended: Callable[[str | None], None],
     ) -> None:
         closed, answers = self.collect()
-        parts = [closed, *(self._runs[what] for what in (*steps, "discard"))]
+        data = closed + b"".join([self._runs[what] for what in steps]) + self._runs["discard"]
         if outer is not None and outer.locks is not None:
             self.unnamed = None
             unlock = unlock_all_but(outer.locks).encode()
-            parts += [Parse(b"", unlock, b"\0\0").encode(), run_prepared(b"")]
-        parts.append(self._runs["unlock" if outer is None or outer.locks is None else "newest"])
+            data += Parse(b"", unlock, b"\0\0").encode() + run_prepared(b"") + self._runs["newest"]
+        else:
+            data += self._runs["unlock"]
 
         def undone(exchange: Exchange) -> None:
             self._own_exchanges -= 1
@@ -559,4 +560,4 @@ class Session:
                 ended(self.escape)
 
         self._own_exchanges += 1
-        self.real.begin(Exchange(None, undone, drop=answers), b"".join(parts) + SYNC)
+        self.real.begin(Exchange(None, undone, drop=answers), data + SYNC)
