@@ -166,7 +166,7 @@ class Carrier:
         yield from self._before(batch.texts, only_reads=batch.only_reads)
         guard, answers = self._guard()
         if batch.uses_unnamed and self.session.unnamed is not self.conversation:
-            batch.again.append(self.conversation.unnamed_again())
+            batch.again.insert(0, self.conversation.unnamed_again())
         if batch.prepares_unnamed or batch.uses_unnamed:
             self.session.unnamed = self.conversation
         self._note(batch.texts, only_reads=batch.only_reads)

@@ -41,10 +41,7 @@ from .session import CANCELED, Savepoint, Session
 if TYPE_CHECKING:
     from .virtual import VirtualConnection  # whose conversation it is
 
-NO_STATEMENT = "26000"
-NO_PORTAL = "34000"
-DUPLICATE_STATEMENT = "42P05"
-
+NO_STATEMENT, NO_PORTAL, DUPLICATE_STATEMENT = "26000", "34000", "42P05"
 _STATEMENT = ord("S")
 _ROLLBACK = Statement("ROLLBACK", Verb.ROLLBACK)
 _SET = Statement("SET TRANSACTION", Verb.SET_TRANSACTION)
@@ -64,6 +61,7 @@ class Conversation:
         self._batch = Batch()
         self._portals: dict[bytes, bytes | Local] = {}
         self._bound: dict[bytes, str] = {}  # the texts of portals
+        self._unnamed: tuple[Bind, Parse, Batch] | None = None  # that portal, until it is executed
         self._copying = Copying(session.real.send)
         self._sql = names.PreparedBySql()
         self._is_between = True  # the client may stop here
@@ -401,10 +399,11 @@ class Conversation:
             statement = b""
         # Under the client's own name, by which SQL may speak of it; nobody else has the session while
         # there is one.
-        portal = bound.portal
-        self._portals[portal] = portal
+        portal = self._portals[bound.portal] = bound.portal
         self._bound[portal] = text
         self._batch.sent.append(bound.encode(portal, statement))
+        if not portal:
+            self._unnamed = (bound, prepared, self._batch) if control is None else None
 
     def _check_rows(self, name: bytes) -> Steps:
         # Where the schema has changed since, PostgreSQL says so to who expects other rows. What is
@@ -458,6 +457,8 @@ class Conversation:
             yield from self._flush()
             yield from self._control(portal)
             return
+        if not portal and self._unnamed is not None:
+            self._bind_again(*self._unnamed)
         text = self._bound.get(portal, "")
         self.transaction.has_portals |= rows != b"\0\0\0\0"
         self._batch.texts.append(text)
@@ -465,6 +466,13 @@ class Conversation:
         self._batch.sent.append(messages.execute(portal, rows))
         if self.session.capture.is_wanted and stands_alone(text):
             yield from self._flush()
+
+    def _bind_again(self, bound: Bind, prepared: Parse, batch: Batch) -> None:
+        # After a Flush in between: what the gateway itself says, it says by the unnamed portal as well.
+        self._unnamed = None
+        if batch is not self._batch and self.client.prepared.get(bound.statement) is prepared:
+            self._statement(bound.statement)
+            self._batch.again.append(bound.encode(b"", self._name(bound.statement)))
 
     def _close(self, what: int, name: bytes) -> Steps:
         yield from self._flush()
