@@ -18,9 +18,16 @@ _SETS = re.compile(
     |\bset_config\s*\(\s*(?:e?'(?P<called>[\w.]+)'(?P<rest>.*)|(?P<unknown>.))""",
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
-
-
-_FIXED = re.compile(r"\bstandard_conforming_strings\b", re.IGNORECASE)
+_OF_ONE_ROW = re.compile(
+    r"""select\s+(?:pg_catalog\.)?set_config\s*\(\s*name\s*(?P<rest>,.*\))\s*
+    from\s+(?:pg_catalog\.)?pg_settings\s+where\s+name\s*(?:=|in)\s*\(?\s*'(?P<called>[\w.]+)'\s*\)?\s*;?\s*""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+"""As pg_dump has it: of a setting that a server may not have."""
+_FIXED = re.compile(
+    r"\bstandard_conforming_strings\b(?![\"']?\s*(?:=|,|\bto\b)\s*'?(?:on|true|yes|1)\b)", re.IGNORECASE
+)
+"""What can't be set but to what it is, as each dump does."""
 _CHARACTERISTICS = re.compile(r"\bset\s+session\s+characteristics\b", re.IGNORECASE)
 _DEFAULTS = ("default_transaction_read_only", "default_transaction_isolation")
 LIMITS = {
@@ -70,7 +77,11 @@ def _sets(text: str) -> Sets:
     resets_all = is_unknown = False
     for match in _SETS.finditer(text):
         if match["unknown"]:
-            is_unknown = True
+            one = _OF_ONE_ROW.fullmatch(text.strip())
+            if one is None:
+                is_unknown = True
+            else:
+                (session if FOR_THE_SESSION.search(one["rest"]) else local).add(one["called"].lower())
             continue
         word = " ".join((match["word"] or match["reset"] or "").lower().strip('"').split())
         if match["reset"] and word == "all":
