@@ -82,7 +82,16 @@ class Live:
 
         *others* are the values that other resources own. *gateway* is there in test mode.
         """
-        self._gateway = gateway if self.resource.options.sandbox else None
+        if gateway is not None and not self.resource.options.sandbox:
+            lasting: Any = gateway
+            with lasting.lets_last():
+                await self._open(needs, others)
+            lasting.let_last(self.driver, self.value)
+            return
+        self._gateway = gateway
+        await self._open(needs, others)
+
+    async def _open(self, needs: Sequence[Any], others: Collection[Any]) -> None:
         made: Any = self.resource.factory(*needs)
         awaited = False
         while _is(made, Coroutine):  # an async function may return a driver's own coroutine

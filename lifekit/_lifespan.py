@@ -363,7 +363,7 @@ class Lifespan(Mapping[str, Any]):
             )
         top = (root, *root.patches)[-1]
         patched = Lifespan(self.registry, top._plan, override.location, root=root)
-        patched.sandboxed = root.sandboxed
+        patched.sandboxed, patched.postgres = root.sandboxed, root.postgres
         patched._overrides = {**top._overrides, override.resource: override}
         patched._plan = overridden(root._base, patched._overrides)
         rebuilt = dependents(patched._plan, override.resource)

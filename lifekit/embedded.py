@@ -65,7 +65,11 @@ os.execv(sys.argv[5], sys.argv[5:])
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its ``url`` with the password, and its ``pid`` (None for a given url)."""
+    """A running server: its ``url`` with the password, and its ``pid`` (None for a given url).
+
+    In test mode, where it is a resource's value, a PostgreSQL server's ``url`` leads to the sandbox:
+    what a subprocess does there in a block is undone as well.
+    """
 
     url: str
     pid: int | None

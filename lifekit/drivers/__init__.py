@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import asyncio
     import ssl
 
+    from ._doors import Door
+
 __all__ = ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
 
 T = TypeVar("T")
@@ -77,6 +79,10 @@ class Gateway(Protocol):
         """Return the running event loop, whose connections are made by way of the gateway."""
         ...
 
+    def url(self, url: str) -> str:
+        """Return the URL that leads to where *url* leads, for whatever takes one: by a local port."""
+        ...
+
     def serves_threads(self) -> None:
         """Prepare for clients that block the thread which they wait in, or that call from others."""
 
@@ -88,6 +94,8 @@ class Tls(NamedTuple):
     """Whom it trusts, and what it shows of itself."""
     is_required: bool = True
     """Else it is done without where the server can't."""
+    name: str | None = None
+    """Whom its certificate has to name, where that is not the host."""
 
 
 class Driver(Generic[T]):
@@ -147,7 +155,14 @@ class Driver(Generic[T]):
 
 _BUILT_IN = {
     "asyncpg.pool.Pool": "asyncpg",
+    "asyncpg.connection.Connection": "asyncpg.connection_driver",
     "aiopg.pool.Pool": "aiopg",
+    "aiopg.connection.Connection": "aiopg.connection_driver",
+    "psycopg.Connection": "psycopg_connection.sync_driver",
+    "psycopg.AsyncConnection": "psycopg_connection.async_driver",
+    "psycopg2.extensions.connection": "psycopg2.connection_driver",
+    "psycopg2.pool.AbstractConnectionPool": "psycopg2.pool_driver",
+    "lifekit.embedded.Server": "embedded.driver",
     "psycopg_pool.pool_async.AsyncConnectionPool": "psycopg",
     "psycopg_pool.pool.ConnectionPool": "psycopg.sync_driver",
     "redis.asyncio.client.Redis": "redis",
@@ -160,6 +175,14 @@ _BUILT_IN = {
 }
 _PACKAGES = {name.partition(".")[0]: module for name, module in _BUILT_IN.items() if "." not in module}
 _registered: dict[type, Driver[Any]] = {}
+
+DOORS = {
+    "asyncpg": "asyncpg.door",
+    "pg8000": "pg8000.door",
+    "psycopg": "psycopg_connection.door",
+    "psycopg2": "psycopg2.door",
+}
+"""By package."""
 
 
 def register(kind: type[T], driver: Driver[T]) -> None:
@@ -179,7 +202,8 @@ def find(value: T) -> Driver[T] | None:
             return _registered[kind]
         module = _BUILT_IN.get(f"{kind.__module__}.{kind.__qualname__}")
         if module is not None:
-            return _load(module)
+            built_in: Driver[T] = _load(module)
+            return built_in
     return None
 
 
@@ -207,7 +231,14 @@ def loaded() -> Iterator[Driver[Any]]:
                 yield _load(module)
 
 
-def _load(module: str) -> Driver[Any]:
+def doors() -> Iterator[Door]:
+    """Yield the doors of the clients of PostgreSQL that have been imported: see `_doors`."""
+    for package, door in DOORS.items():
+        if sys.modules.get(package) is not None:
+            with suppress(ImportError, AttributeError):  # a stand-in for the package
+                yield _load(door)
+
+
+def _load(module: str) -> Any:
     name, _, attribute = module.partition(".")
-    driver: Driver[Any] = getattr(importlib.import_module(f"{__name__}.{name}"), attribute or "driver")
-    return driver
+    return getattr(importlib.import_module(f"{__name__}.{name}"), attribute or "driver")

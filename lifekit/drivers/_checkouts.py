@@ -15,7 +15,7 @@ from lifekit._errors import SandboxBusyError, note_once
 from lifekit._sandbox import Block, current_block
 from lifekit._stack import Site, caller_frame, code_line, suspended_frames
 
-from . import Driver, Sandbox
+from . import Driver, Gateway, Sandbox
 
 T = TypeVar("T")
 _SHOWN = 10
@@ -156,6 +156,9 @@ class Pooled(Driver[T]):
         """Return whether a transaction is open on it."""
         raise NotImplementedError
 
+    def rest(self, value: T) -> Awaitable[object] | None:
+        """End the transactions that its driver has begun by itself, as a block ends."""
+
     def take_back(self, value: T, connection: Any) -> Awaitable[object] | None:
         """Let *value* know that a connection which is out is closed: it is cut off already."""
         raise NotImplementedError
@@ -163,6 +166,31 @@ class Pooled(Driver[T]):
     def holders(self, value: T) -> Sequence[str]:
         """Return where each connection that is out was acquired."""
         return self.checkouts.lines(self.out(value))
+
+
+class Connected(Pooled[T]):
+    """A driver of single connections, which came through their package's door."""
+
+    use = "a resource of its own"
+
+    def is_closed(self, value: T) -> bool:
+        """Return whether it is closed."""
+        raise NotImplementedError
+
+    def out(self, value: T) -> Sequence[Any]:
+        """Return the connection."""
+        return () if self.is_closed(value) else (value,)
+
+    def holders(self, value: T) -> Sequence[str]:
+        """Return nobody: it is never taken from anywhere."""
+        return ()
+
+    def redirect(self, value: T, gateway: Gateway) -> Sandbox | None:
+        """See to it that it is what blocks undo."""
+        return pool_sandbox(gateway, self, value)
+
+    def take_back(self, value: T, connection: Any) -> None:
+        """Do nothing: there is nobody who would have to know."""
 
 
 def pool_sandbox(gateway: Any, driver: Pooled[T], value: T) -> Sandbox:

@@ -1,4 +1,4 @@
-"""What lifekit knows about aiopg's pools, from `pool.py` and `connection.py` of aiopg 1.4."""
+"""What lifekit knows about aiopg's pools and connections, from its `pool.py`, `connection.py`, 1.4."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from lifekit._redact import redact
 from lifekit._sandbox import refuse_stragglers
 
 from . import Gateway, Sandbox, judge
-from ._checkouts import Checkout, Checkouts, Pooled, mix_in, pool_sandbox
+from ._checkouts import Checkout, Checkouts, Connected, Pooled, mix_in, pool_sandbox
+from ._doors import by_way_of
 
 checkouts: Checkouts = Checkouts("aiopg")
 _MEND = "Return aiopg.create_pool(...) from the factory, so that each lifespan gets its own."
@@ -58,7 +59,8 @@ class _InTests(_Noting):
 
     async def _noted(self, checkout: Checkout) -> Connection:
         refuse_stragglers("a pool of aiopg")
-        connection = await super()._noted(checkout)
+        with by_way_of(self.__dict__["gateway"]):
+            connection = await super()._noted(checkout)
         try:
             refuse_stragglers("a pool of aiopg")  # the block may have ended meanwhile
         except SandboxEscapedError:
@@ -123,13 +125,8 @@ class AiopgDriver(Pooled[Pool]):
         return redact(f"aiopg pool of {sizes}, {_server(value)}")
 
     def redirect(self, value: Pool, gateway: Gateway) -> Sandbox:
-        """Let the pool connect to the gateway's socket."""
-        from ._libpq import redirected
-
-        pool: Any = value
-        pool._given = parse_dsn(pool._dsn or "") | pool._conn_kwargs
-        pool._conn_kwargs = redirected(pool._given, gateway)
-        pool._dsn = ""
+        """Let the pool connect by way of the gateway."""
+        value.__dict__["gateway"] = gateway
         mix_in(_InTests, value)
         return pool_sandbox(gateway, self, value)
 
@@ -174,6 +171,74 @@ class AiopgDriver(Pooled[Pool]):
                 _cut({frame.f_locals["conn"]})  # the one that on_connect failed with
 
 
+class _ConnectionInTests(Connection):
+    """What the class of a single connection is mixed with in test mode, where a use may be too late."""
+
+    def cursor(self, *args: Any, **options: Any) -> Any:
+        refuse_stragglers("a connection of aiopg")
+        return super().cursor(*args, **options)
+
+
+class ConnectionDriver(Connected[Connection]):
+    """Single connections, as `await aiopg.connect()` returns them."""
+
+    checkouts = checkouts
+
+    async def open(self, value: Connection) -> Connection:
+        """Take a connection that is this event loop's, and open."""
+        connection: Any = value
+        if connection._loop is not running_loop():
+            raise DeclarationError(f"this aiopg connection belongs to another event loop. {_CONNECT}")
+        if value.closed:
+            raise DeclarationError(f"this aiopg connection is closed already. {_CONNECT}")
+        return value
+
+    async def check(self, value: Connection) -> None:
+        """Run one `SELECT 1`."""
+        async with value.cursor() as cursor:
+            await cursor.execute("SELECT 1")
+
+    async def close(self, value: Connection) -> None:
+        """Say goodbye to the server."""
+        await value.close()
+
+    def terminate(self, value: Connection) -> None:
+        """Close it."""
+        connection: Any = value
+        if connection._loop is running_loop():  # else `open` refused it: it is another's, or dead
+            _cut({value})
+
+    def describe(self, value: Connection) -> str:
+        """Return its server."""
+        if value.closed:
+            return "aiopg connection, closed"
+        return redact(f"aiopg connection, {_url(value.raw.get_dsn_parameters())}")
+
+    def redirect(self, value: Connection, gateway: Gateway) -> Sandbox | None:
+        """See to it that it is what blocks undo, and that nobody uses it too late."""
+        mix_in(_ConnectionInTests, value)
+        return super().redirect(value, gateway)
+
+    def is_closed(self, value: Connection) -> bool:
+        """Return whether it is closed."""
+        return bool(value.closed)
+
+    def number(self, connection: Any) -> int | None:
+        """Return its server's process."""
+        return connection.raw.info.backend_pid if not connection.closed else None
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Return whether a transaction is open on it."""
+        return driver.is_in_transaction(connection)
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether the server is starting, stopping or full, or hung up on us."""
+        return judge(error) is True
+
+
+_CONNECT = "Let the factory connect, so that each lifespan gets its own."
+
+
 def _cut(connections: Any) -> None:
     while connections:
         connection = connections.pop()
@@ -190,9 +255,13 @@ async def _wake(condition: Any) -> None:
 def _server(pool: Any) -> str:
     """Return where a pool connects to: its DSN, and the arguments that win over it."""
     try:
-        given = getattr(pool, "_given", None) or parse_dsn(pool._dsn or "") | pool._conn_kwargs
+        given = parse_dsn(pool._dsn or "") | pool._conn_kwargs
     except psycopg2.ProgrammingError:
         return "a malformed DSN"
+    return _url(given)
+
+
+def _url(given: Any) -> str:
     user, host, port = (given.get(name) or "" for name in ("user", "host", "port"))
     database = given.get("dbname") or given.get("database") or ""
     if not (host or user or database):
@@ -202,3 +271,4 @@ def _server(pool: Any) -> str:
 
 
 driver: AiopgDriver = AiopgDriver()
+connection_driver: ConnectionDriver = ConnectionDriver()

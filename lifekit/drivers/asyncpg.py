@@ -1,4 +1,4 @@
-"""What lifekit knows about asyncpg's pools, learned from `pool.py` of asyncpg 0.29 to 0.32."""
+"""What lifekit knows about asyncpg's pools and connections, from `pool.py` of asyncpg 0.29 to 0.32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import asyncpg
-from asyncpg import exceptions
+from asyncpg import connect_utils, exceptions
 
 from lifekit._backend import running_loop
 from lifekit._errors import DeclarationError, SandboxEscapedError, note_once
@@ -18,12 +18,15 @@ from lifekit._redact import redact
 from lifekit._sandbox import current_block, refuse_stragglers
 
 from . import Gateway, Sandbox, judge
-from ._checkouts import Checkouts, Pooled, mix_in, pool_sandbox
+from ._checkouts import Checkouts, Connected, Pooled, mix_in, pool_sandbox
+from ._doors import Door, Here, by_way_of, checkout
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[Any]
+    Connection = asyncpg.Connection[Any]
 else:
     Pool = asyncpg.Pool
+    Connection = asyncpg.Connection
 
 checkouts: Checkouts = Checkouts("asyncpg")
 _MEND = "Return asyncpg.create_pool(...) from the factory, so that each lifespan gets its own."
@@ -114,12 +117,13 @@ class AsyncpgDriver(Pooled[Pool]):
         return redact(f"asyncpg pool of {sizes}, {_server(value)}")
 
     def redirect(self, value: Pool, gateway: Gateway) -> Sandbox:
-        """Let the pool connect in a loop that leads to the gateway."""
+        """Let the pool connect by way of the gateway."""
         pool: Any = value
         connect = pool._connect  # what `create_pool(connect=...)` was given, or asyncpg's own
 
-        async def by_gateway(*args: Any, loop: Any = None, **options: Any) -> Any:
-            return await connect(*args, loop=gateway.loop(), **options)
+        async def by_gateway(*args: Any, **options: Any) -> Any:
+            with by_way_of(gateway):
+                return await connect(*args, **options)
 
         pool._connect = by_gateway
         mix_in(_InTests, value)
@@ -162,6 +166,88 @@ class AsyncpgDriver(Pooled[Pool]):
                 self.terminate(pool)
 
 
+class ConnectionDriver(Connected[Connection]):
+    """Single connections of asyncpg, as `await asyncpg.connect()` returns them."""
+
+    checkouts = checkouts
+
+    async def open(self, value: Connection) -> Connection:
+        """Take a connection that is this event loop's, and open."""
+        connection: Any = value
+        if connection._loop != running_loop():
+            raise DeclarationError(f"this asyncpg connection belongs to another event loop. {_CONNECT}")
+        if value.is_closed():
+            raise DeclarationError(f"this asyncpg connection is closed already. {_CONNECT}")
+        return value
+
+    async def check(self, value: Connection) -> None:
+        """Run one `SELECT 1`."""
+        await value.fetchval("SELECT 1")
+
+    def close(self, value: Connection) -> Awaitable[object]:
+        """Say goodbye to the server."""
+        return value.close()
+
+    def terminate(self, value: Connection) -> None:
+        """Cut it off."""
+        connection: Any = value
+        if connection._loop == running_loop():  # else `open` refused it: it is another's, or dead
+            value.terminate()
+
+    def describe(self, value: Connection) -> str:
+        """Return its server."""
+        connection: Any = value
+        address, given = connection._addr, connection._params
+        if isinstance(address, str):  # of a unix socket
+            address = address.rpartition("/")[0], address.rpartition(".")[2]
+        return redact(f"asyncpg connection, {_named(given.user, address, given.database)}")
+
+    def is_closed(self, value: Connection) -> bool:
+        """Return whether it is closed."""
+        return value.is_closed()
+
+    def number(self, connection: Any) -> int:
+        """Return its server's process."""
+        return connection.get_server_pid()  # type: ignore[no-any-return]
+
+    def is_in_transaction(self, connection: Any) -> bool:
+        """Return whether a transaction is open on it."""
+        return bool(connection.is_in_transaction())
+
+    async def forget_schema(self, value: Connection) -> None:
+        """Forget types, and the rows of statements."""
+        if not value.is_closed():
+            await value.reload_schema_state()
+
+    def transient(self, error: BaseException) -> bool:
+        """Return whether the server is starting, stopping or full, or hung up on us."""
+        return judge(error) is True
+
+
+_CONNECT = "Let the factory connect, so that each lifespan gets its own."
+
+
+def _named(user: object, address: object, database: object) -> str:
+    host, port = cast("tuple[object, object]", address)
+    return f"postgresql://{user}@{host}:{port}/{database}"
+
+
+def _through(connect: Any, here: Here) -> Any:
+    """Return what connects by way of the gateway of the calling code, where it has one."""
+
+    async def by_gateway(*, loop: Any = None, **given: Any) -> Any:
+        # A pool that was redirected gives another one.
+        gateway = here() if loop is None or loop is running_loop() else None
+        if gateway is None:
+            return await connect(loop=loop, **given)
+        by = checkout()
+        connection = await connect(loop=gateway.loop(), **given)
+        gateway.made(connection, connection_driver.number, by)
+        return connection
+
+    return by_gateway
+
+
 def _out(pool: Any) -> list[Any]:
     return [holder._con for holder in pool._holders if not holder.is_idle()]
 
@@ -193,3 +279,5 @@ def _listed(given: Any) -> str:
 
 
 driver: AsyncpgDriver = AsyncpgDriver()
+connection_driver: ConnectionDriver = ConnectionDriver()
+door: Door = Door(connect_utils, "_connect", _through)  # asyncpg.connect() looks it up each time

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import anyio
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import Conninfo
+from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 from psycopg_pool.pool_async import StopWorker
 
@@ -25,6 +22,7 @@ from lifekit._sandbox import refuse_stragglers
 
 from . import Gateway, Sandbox, judge
 from ._checkouts import Checkouts, Pooled, named_like, pool_sandbox
+from ._doors import by_way_of
 
 if TYPE_CHECKING:
     Pool = AsyncConnectionPool[Any]
@@ -158,7 +156,7 @@ class _Pools(Pooled[T]):
         return judge(error) is True
 
     def redirect(self, value: T, gateway: Gateway) -> Sandbox:
-        """Let the pool connect to the gateway's socket."""
+        """Let the pool connect by way of the gateway."""
         redirect(value, gateway)
         return pool_sandbox(gateway, self, value)
 
@@ -318,50 +316,20 @@ class PsycopgDriver(_Pools[Pool]):
 
 
 def redirect(pool: Any, gateway: Gateway) -> None:
-    """Let a pool connect to the gateway's socket. What it is given may be functions."""
-    from ._libpq import redirected
+    """Let a pool connect by way of the gateway, in whichever thread or task it does."""
 
-    gateway.serves_threads()
-    conninfo, arguments = pool.conninfo, pool.kwargs
+    kind: Any = type  # which it changes, to note who acquires
+    given: Any = pool
 
-    def info_of(info: Any, more: dict[str, Any] | None) -> str:
-        servers = {name: value for name, value in (more or {}).items() if name in _PARAMETERS}
-        return make_conninfo("", **redirected(conninfo_to_dict(info or "", **servers), gateway))
+    def at_once(timeout: float | None = None) -> Any:
+        with by_way_of(gateway):
+            return kind(pool)._connect(pool, timeout)
 
-    def others_of(more: dict[str, Any] | None) -> dict[str, Any]:
-        return {name: value for name, value in (more or {}).items() if name not in _PARAMETERS}
+    async def by_gateway(timeout: float | None = None) -> Any:  # noqa: ASYNC109
+        with by_way_of(gateway):
+            return await kind(pool)._connect(pool, timeout)
 
-    async def by_gateway() -> str:
-        return info_of(await _called(conninfo), await _called(arguments))
-
-    async def others() -> dict[str, Any]:
-        return others_of(await _called(arguments))
-
-    def by_gateway_at_once() -> str:
-        info: Any = conninfo() if callable(conninfo) else conninfo
-        more: Any = arguments() if callable(arguments) else arguments
-        return info_of(info, more)
-
-    def others_at_once() -> dict[str, Any]:
-        more: Any = arguments() if callable(arguments) else arguments
-        return others_of(more)
-
-    blocks = isinstance(pool, ConnectionPool)
-    pool.conninfo = by_gateway_at_once if blocks else by_gateway
-    pool.kwargs = others_at_once if blocks else others
-    _given[pool] = conninfo, arguments
-
-
-_given: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
-"""What pools that go by a gateway were given."""
-
-
-async def _called(given: Any) -> Any:
-    made: Any = given() if callable(given) else given
-    return await made if inspect.isawaitable(made) else made
-
-
-_PARAMETERS = {each.keyword.decode() for each in Conninfo.get_defaults()}
+    given._connect = at_once if isinstance(pool, ConnectionPool) else by_gateway
 
 
 def _loop(pool: Any) -> object | None:
@@ -406,7 +374,7 @@ def _cut(pool: Any) -> list[asyncio.Task[None]]:
 
 def _server(pool: Any) -> str:
     """Return where a pool connects to: its conninfo, and the arguments that win over it."""
-    conninfo, given = _given.get(pool, (pool.conninfo, pool.kwargs))
+    conninfo, given = pool.conninfo, pool.kwargs
     if callable(conninfo) or callable(given):
         return "the server that a function names"
     arguments: dict[str, Any] = given or {}

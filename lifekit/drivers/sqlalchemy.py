@@ -6,13 +6,12 @@ import asyncio
 import functools
 import os
 import socket
-import ssl
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 from greenlet import getcurrent  # type: ignore[import-untyped]
@@ -29,8 +28,9 @@ from lifekit._redact import redact
 from lifekit._sandbox import refuse_stragglers
 from lifekit._transient import is_known_to_pass
 
-from . import Gateway, Sandbox, Tls
+from . import Gateway, Sandbox
 from ._checkouts import Checkout, Checkouts, Pooled, current_task, mix_in, pool_sandbox
+from ._doors import by_way_of
 
 T = TypeVar("T")
 
@@ -46,6 +46,8 @@ class Use:
         self.opened = 0
         self.loop: object | None = None
         self.cut = False
+        self.gateway: Gateway | None = None
+        self.is_checked = False  # whether what connects is
         self.fairies: WeakSet[Any] = WeakSet()  # what SQLAlchemy calls a connection that is out
         self.records: WeakSet[Any] = WeakSet()  # a place in the pool, with or without a connection
 
@@ -130,23 +132,31 @@ class _Engines(Pooled[T]):
         return use_of(value).out()
 
     def redirect(self, value: T, gateway: Gateway) -> Sandbox | None:
-        """Change what the engine's dialect is given as it connects."""
-        engine = root(sync(value))
-        if engine.dialect.name != "postgresql":
-            return UnsupportedSandbox(f"{engine.dialect.name}+{engine.dialect.driver}")
-        if engine.dialect.driver != "asyncpg":
-            gateway.serves_threads()
-        if engine not in _gateways:
-            event.listen(engine, "do_connect", functools.partial(_by_gateway, ref(engine)))
-            event.listen(engine, "connect", functools.partial(_came_by_gateway, ref(engine)))
-        elif _gateways[engine] is gateway:
+        """Let the engine's dialect connect by way of the gateway."""
+        dialect: Any = root(sync(value)).dialect
+        use = use_of(value)
+        if dialect.name != "postgresql" or dialect.driver not in _DRIVERS:
+            return UnsupportedSandbox(f"{dialect.name}+{dialect.driver}")
+        if use.gateway is gateway:
             return None  # by another engine, from which this one derives, or that derives from this
-        _gateways[engine] = gateway
+        kind: Any = type(dialect)
+
+        def by_gateway(*args: Any, **given: Any) -> Any:
+            with by_way_of(gateway):
+                return kind.connect(dialect, *args, **given)
+
+        dialect.connect, use.gateway = by_gateway, gateway
+        if not use.is_checked:
+            event.listen(root(sync(value)), "connect", functools.partial(_came_by_gateway, use))
+            use.is_checked = True
         return pool_sandbox(gateway, self, value)
 
     def restore(self, value: T) -> None:
         """Let the engine connect as it did."""
-        _gateways[root(sync(value))] = None
+        use = use_of(value)
+        if use.gateway is not None:
+            del root(sync(value)).dialect.connect
+        use.gateway = None
 
     async def reconnect(self, value: T) -> None:
         """Close the idle connections."""
@@ -179,56 +189,15 @@ class _Engines(Pooled[T]):
             await greenlet_spawn(connection.invalidate)
 
 
-_gateways: WeakKeyDictionary[Any, Gateway | None] = WeakKeyDictionary()
-"""By which gateway engines connect. Their listeners stay."""
+_DRIVERS = {"asyncpg", "pg8000", "psycopg", "psycopg2", "psycopg_async"}
 
 
-def _by_gateway(
-    engine: Callable[[], Any], dialect: Any, record: object, args: list[Any], given: dict[str, Any]
-) -> None:
-    gateway = _gateways.get(engine())
-    if gateway is None:
-        return
-    if dialect.driver == "asyncpg":
-        given["loop"] = gateway.loop()
-    elif dialect.driver in ("psycopg", "psycopg_async", "psycopg2"):
-        from ._libpq import redirected
-
-        named = {"dbname": given.pop("database")} if "database" in given else {}
-        servers = {**_by_position(dialect, args), **given, **named}
-        args.clear()
-        given.clear()
-        given.update(redirected(servers, gateway))
-    elif dialect.driver == "pg8000":
-        tls = given.pop("ssl_context", None)
-        host, port = given.get("host") or "localhost", given.get("port") or 5432
-        context = ssl.create_default_context() if tls is True else tls
-        folder, number = gateway.socket(host, port, tls=Tls(context) if context else None)
-        given["unix_sock"] = f"{folder}/.s.PGSQL.{number}"
-    else:
-        raise UnsupportedSandbox(f"postgresql+{dialect.driver}").error()
-
-
-def _by_position(dialect: Any, args: list[Any]) -> dict[str, Any]:
-    """Return what the arguments by position say, which are none or one string of libpq's."""
-    if not args or not args[0]:
-        return {}
-    if dialect.driver == "psycopg2":
-        from psycopg2.extensions import parse_dsn
-
-        return parse_dsn(args[0])
-    from psycopg.conninfo import conninfo_to_dict
-
-    return conninfo_to_dict(args[0])
-
-
-def _came_by_gateway(engine: Callable[[], Any], connection: Any, record: Any) -> None:
-    gateway: Any = _gateways.get(engine())
-    number = _number(record.driver_connection)
-    if gateway is not None and number is not None and not gateway.knows(number):
+def _came_by_gateway(use: Use, connection: Any, record: Any) -> None:
+    gateway: Any = use.gateway
+    if gateway is not None and not gateway.knows(_number(record.driver_connection)):
         raise SandboxUnsupportedError(
-            "this engine's connections are made by its `creator`, which lifekit can't point at its "
-            "sandbox. Let a `do_connect` listener do what the creator does, or override the resource."
+            "this engine's `creator` gave it a connection that was made before the lifespan opened, so "
+            "that what it does would be permanent. Let the creator connect."
         )
 
 

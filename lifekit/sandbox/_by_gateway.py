@@ -3,70 +3,189 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from weakref import ref
 
 import anyio
 from anyio.lowlevel import checkpoint
 
+from lifekit._backend import running_loop
 from lifekit._errors import SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
 from lifekit._sandbox import Block, current_block
 from lifekit.drivers import Sandbox, Tls
+from lifekit.drivers._checkouts import Connected, Pooled, current_task
+from lifekit.drivers._doors import by_way_of, chosen
 
+from ._doors import close_doors, open_doors
 from ._postgres.gateway import PORT, Gateway, Server
 from ._postgres.joined import JoinedLoop
 from ._postgres.place import Place
 from ._waits import waits_for
 
 if TYPE_CHECKING:
-    from lifekit.drivers._checkouts import Checkout, Pooled
+    from lifekit.drivers._checkouts import Checkout
 
 T = TypeVar("T")
 GIVING_BACK = 1.0
 """Seconds in which a connection comes back whose task has ended."""
+_PATIENCE = 10.0
+
+
+class _Made(NamedTuple):
+    """A connection that came through a door: lifekit has no value that it belongs to."""
+
+    connection: ref[Any]
+    number: Callable[[Any], int | None]
+    checkout: Checkout
+
+
+class _Past:
+    """The gateway of what is to last: none."""
+
+    def pool(self, *what: object) -> Any:
+        """Return nothing: no block is told of it."""
+
+    def knows(self, number: int | None) -> bool:
+        """Return that all is as it is to be."""
+        return True
+
+
+_past: Any = _Past()
 
 
 class PostgresSandbox(Sandbox):
     """What a lifespan's clients of PostgreSQL share in test mode."""
 
     def __init__(self) -> None:
+        """Begin, in the lifespan's event loop."""
+        self.process: int = os.getpid()
+        self._loop = running_loop()
+        self._lock = threading.Lock()
         self._gateway: Gateway | None = None
-        self._begun: list[bool] = []  # for each block: whether the gateway knows of it
         self._pools: list[PoolSandbox[Any]] = []
+        self._made: list[_Made] = []
+        self._begun: list[bool] = []  # for each block: whether the gateway knows of it
+        self._blocks: list[tuple[Block | None, asyncio.Task[Any] | None]] = []  # and who began it
+        open_doors(self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a block."""
+        return bool(self._begun)
 
     # -- what drivers point their values at ------------------------------------------------------------
 
     @property
     def gateway(self) -> Gateway:
         """The gateway, which exists as soon as somebody wants it."""
-        if self._gateway is None:
-            self._gateway = Gateway(Place())
-            self._gateway.explains = self._explain
-            for _ in self._begun:
-                self._gateway.hub.begin()
-            self._begun = [True] * len(self._begun)
-        return self._gateway
+        with self._lock:
+            if self._gateway is None:
+                place = Place()
+                if running_loop() is not self._loop:  # of which nobody knows how long it runs
+                    place.move_into_thread()
+                self._gateway = Gateway(place)
+                self._gateway.explains = self._explain
+                for _ in self._begun:
+                    self._gateway.hub.begin()
+                self._begun = [True] * len(self._begun)
+            return self._gateway
 
     def socket(self, host: str, port: int, *, tls: Tls | None = None) -> tuple[str, int]:
         """Return the folder and the port of a unix socket that leads to a server."""
+        self.serves_threads()
+        server, gateway = self._server(host, port, tls), self.gateway
+        with self._lock:
+            return gateway.folder(server), PORT
+
+    def port(self, host: str, port: int, *, tls: Tls | None = None) -> int:
+        """Return the port of this machine that leads to a server."""
+        self.serves_threads()
+        server, gateway = self._server(host, port, tls), self.gateway
+        with self._lock:
+            return gateway.port(server)
+
+    def url(self, url: str) -> str:
+        """Return the URL that leads to where *url* leads."""
+        from lifekit.drivers._libpq import redirected_url
+
+        return redirected_url(url, self)
+
+    def _server(self, host: str, port: int, tls: Tls | None) -> Server:
         if "," in host:
             raise SandboxUnsupportedError(
                 f"several servers for one client, as in {host!r}: the sandbox knows one. Name one in "
                 "the test's settings."
             )
-        self.serves_threads()
-        return self.gateway.folder(Server(host, port, tls)), PORT
+        return self.gateway.behind(host, port) or Server(host, port, tls)
+
+    def leads_here(self, host: object, port: object) -> bool:
+        """Return whether an address is the gateway's own."""
+        gateway, number = self._gateway, f"{port or PORT}"
+        if gateway is None or not number.isdigit():
+            return False
+        return gateway.behind(f"{host}", int(number)) is not None
 
     def serves_threads(self) -> None:
-        """Run in a thread from now on: who blocks this one, as libpq's cancel does, can be served."""
-        if not self.gateway.place.has_thread:
-            self.gateway.place.move_into_thread()
+        """Run in a thread from now on: who blocks this one, as libpq's cancel does, can be served.
+
+        Raises:
+            SandboxBusyError: The event loop, in which it still runs, is blocked.
+        """
+        place = self.gateway.place
+        if place.has_thread:
+            return
+        if place.is_here:
+            place.move_into_thread()
+            return
+        moved: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def move() -> None:
+            place.move_into_thread()
+            moved.set_result(None)
+
+        place.loop.call_soon_threadsafe(move)
+        try:
+            moved.result(_PATIENCE)
+        except TimeoutError:
+            raise SandboxBusyError(
+                "a thread connects to PostgreSQL, and the event loop of the lifespan has been blocked "
+                f"for {_PATIENCE:.3g} s, perhaps by code that waits for that thread. Let it wait by "
+                "await: asyncio.to_thread, or loop.run_in_executor."
+            ) from None
 
     def loop(self) -> asyncio.AbstractEventLoop:
         """Return the running event loop, whose connections are made by way of the gateway."""
-        joined: Any = JoinedLoop(asyncio.get_running_loop(), self.gateway)
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self.serves_threads()
+        joined: Any = JoinedLoop(loop, self.gateway, is_nobodys=chosen.get() is None)
         return joined  # type: ignore[no-any-return]
+
+    def lets_last(self) -> AbstractContextManager[None]:
+        """Let what connects inside ``with`` last: it is for a value that is declared so."""
+        return by_way_of(_past)
+
+    def let_last(self, driver: Any, value: Any) -> None:
+        """Let what a value connects from now on last."""
+        kind: type = Pooled
+        if isinstance(driver, kind):
+            driver.redirect(value, _past)
+
+    def made(self, connection: Any, number: Callable[[Any], int | None], checkout: Checkout) -> bool:
+        """Take note of a connection that came through a door; *number* tells that of its process.
+
+        Return whether that is needed: a pool of lifekit's looks after its own.
+        """
+        if chosen.get() is not None:
+            return False
+        known = [each for each in self._made if each.connection() is not None]
+        self._made = [*known, _Made(ref(connection), number, checkout)]
+        return True
 
     def pool(self, driver: Pooled[T], value: T) -> PoolSandbox[T]:
         """Return the sandbox of a value that hands out connections."""
@@ -86,20 +205,40 @@ class PostgresSandbox(Sandbox):
             for connection in pool.driver.out(pool.value):
                 if pool.driver.number(connection) == number:
                     checkout = pool.driver.checkouts.of(connection)
-                    return (checkout, pool.driver.checkouts.package) if checkout is not None else None
+                    if checkout is not None:
+                        return checkout, pool.driver.checkouts.package
+        for each, its_number in self._now_made():
+            if its_number == number:
+                return each.checkout, ""
         return None
+
+    def _now_made(self) -> Iterator[tuple[_Made, int]]:
+        """Yield what came through doors and is still connected, with its number."""
+        clients = self._gateway.hub.clients if self._gateway is not None else {}
+        for each in self._made:
+            connection = each.connection()
+            number = each.number(connection) if connection is not None else None
+            if number is not None and number in clients:
+                yield each, number
 
     def _explain(self, waiting: int, holding: int) -> tuple[str, bool]:
         """Return who has a connection for which another one waits, and whether that can't end."""
         holder = self._checkout(holding)
         if holder is None:
-            return "", False
+            return self._called(holding), False
         waiter = self._checkout(waiting)
         where = holder[0].in_full(holder[1])
         if waiter is None:
             return f"It was acquired at {where}.", False
         who = f"The waiting one was acquired at {waiter[0]}. The other one was acquired at {where}."
         return who, waits_for(holder[0].task, waiter[0].task)
+
+    def _called(self, number: int) -> str:
+        """Return what a client says of itself, of which nobody knows here: a subprocess, perhaps."""
+        client = self._gateway.hub.clients.get(number) if self._gateway is not None else None
+        options = client.relay.options if client is not None and client.relay is not None else {}
+        name = options.get(b"application_name", b"").decode("utf-8", "replace")
+        return f"It calls itself {name!r}." if name else ""
 
     def knows(self, number: int | None) -> bool:
         """Return whether the connection of that number goes, or went, by way of the gateway.
@@ -122,6 +261,8 @@ class PostgresSandbox(Sandbox):
             SandboxBusyError: It is to be inside of a block in which a transaction is open.
             SandboxEscapedError: Or one of which something is lost.
         """
+        open_doors(self)  # of what has been imported since
+        self._blocks.append((current_block.get(), current_task()))
         self._begun.append(self._gateway is not None)
         if self._gateway is None:
             return
@@ -139,9 +280,11 @@ class PostgresSandbox(Sandbox):
         Raises:
             SandboxEscapedError: Something ended the real transaction.
         """
+        left = await self._cut_off_those_left()
+        self._blocks.pop()
         if not self._begun.pop() or self._gateway is None:
             return
-        wrong = await self._gateway.end()
+        wrong = left + await self._gateway.end()
         if self._gateway.hub.schema_undone:
             for pool in self._pools:
                 await pool.driver.forget_schema(pool.value)
@@ -150,18 +293,45 @@ class PostgresSandbox(Sandbox):
 
     def end_at_once(self) -> bool:
         """Do so where nothing is under way, and no client has to forget a schema."""
+        if next(self._left(), None) is not None:
+            return False
         wrong: list[str] | None = []
         if self._begun[-1] and self._gateway is not None:
             wrong = self._gateway.end_at_once()
             if wrong is None:
                 return False
+        self._blocks.pop()
         self._begun.pop()
         if wrong:
             raise SandboxEscapedError("\n".join(wrong))
         return True
 
+    async def _cut_off_those_left(self) -> list[str]:
+        """Cut off what tasks that the block started, and that go on, have connected by themselves."""
+        await _lets_go(lambda: not list(self._left()))
+        left = list(self._left())
+        for _, number in left:
+            await self.cut(number)
+        if not left:
+            return []
+        lines = "".join(f"  a connection opened at {each.checkout.in_full('')}\n" for each, _ in left)
+        why = (
+            f"when the sandbox ended, this was still in use:\n{lines}Its code outlived the test. Let "
+            "the test wait for it, or the application where it starts it. It was closed."
+        )
+        return [why]
+
+    def _left(self) -> Iterator[tuple[_Made, int]]:
+        block, began = self._blocks[-1]
+        for each, number in self._now_made():
+            task, its = each.checkout.task, each.checkout.block
+            goes_on = task is not None and not task.done() and task is not began
+            if goes_on and its is not None and not (block is None or block.is_outside(its)):
+                yield each, number
+
     def finish(self) -> None:
         """Close all that there is, with the lifespan."""
+        close_doors(self)
         if self._gateway is not None:
             self._gateway.close()
 
@@ -197,9 +367,9 @@ class PoolSandbox(Sandbox, Generic[T]):
             if not self._postgres.knows(self.driver.number(each)):
                 checkout = self.driver.checkouts.of(each)
                 raise SandboxEscapedError(
-                    f"a connection acquired at {checkout or 'an unknown line'} was made before lifekit "
-                    "had its pool, so that what it does would be permanent. Let the factory return the "
-                    "pool before anything is acquired, or acquire it in a resource that needs the pool."
+                    f"a connection acquired at {checkout or 'an unknown line'} was made before its "
+                    "lifespan opened, so that what it does would be permanent. Let the factory make "
+                    "what it returns."
                 )
 
     async def end(self) -> None:
@@ -209,6 +379,9 @@ class PoolSandbox(Sandbox, Generic[T]):
             SandboxEscapedError: There is something.
         """
         block, before = self._begun.pop()
+        resting = self.driver.rest(self.value)
+        if resting is not None:
+            await resting
         if not (strays := await self._left_over(block, before)):
             return
         told = self._escaped(strays)
@@ -221,7 +394,10 @@ class PoolSandbox(Sandbox, Generic[T]):
 
     def end_at_once(self) -> bool:
         """Do so where there is nothing."""
-        if next(self._strays(*self._begun[-1]), None) is not None:
+        rests = isinstance(self.driver, Connected) and any(
+            self.driver.is_in_transaction(each) for each in self.driver.out(self.value)
+        )
+        if rests or next(self._strays(*self._begun[-1]), None) is not None:
             return False
         self._begun.pop()
         return True
@@ -277,3 +453,11 @@ class PoolSandbox(Sandbox, Generic[T]):
     def terminate(self) -> None:
         """Forget it."""
         self._postgres.drop(self)
+
+
+async def _lets_go(is_free: Callable[[], bool]) -> None:
+    """Let tasks that are about to end do so, for a hundred rounds of the event loop."""
+    for _ in range(100):
+        if is_free():
+            return
+        await checkpoint()

@@ -112,6 +112,7 @@ class Gateway:
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[Listener] = []
         self._folders: dict[Server, Path] = {}
+        self._ports: dict[Server, int] = {}
 
     # -- clients -----------------------------------------------------------------------------------
 
@@ -125,6 +126,24 @@ class Gateway:
             self.place.post(self._listen, listening, server)
         return str(self._folders[server])
 
+    def port(self, server: Server) -> int:
+        """Return the port of this machine that leads to a server, which asks who comes as ever."""
+        if server not in self._ports:
+            listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+            self._ports[server] = listening.getsockname()[1]
+            self.place.post(self._listen, listening, server)
+        return self._ports[server]
+
+    def behind(self, host: str, port: int) -> Server | None:
+        """Return the server to which an address leads, where that is the gateway's own."""
+        if host.startswith("/"):
+            folders = list(self._folders.items())  # threads may add some meanwhile
+            found = (server for server, folder in folders if f"{folder}" == host)
+        else:
+            ports = list(self._ports.items()) if host in ("127.0.0.1", "localhost") else []
+            found = (server for server, own in ports if own == port)
+        return next(found, None)
+
     def _listen(self, listening: socket.socket, server: Server) -> None:
         def accepted(connected: socket.socket) -> None:
             self._accepted(connected, server)
@@ -132,6 +151,8 @@ class Gateway:
         self._listeners.append(Listener(self.place, listening, accepted))
 
     def _accepted(self, connected: socket.socket, server: Server) -> None:
+        if connected.family == socket.AF_INET:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wire = Wire(self.place, connected, _nobody, _nobody)
         client = self.hub.new_client(wire)
         self._wires[client], self._came_to[client] = wire, server
@@ -167,8 +188,8 @@ class Gateway:
     def encrypt(self, client: VirtualConnection) -> None:
         """Answer a client that asks for encryption."""
         upstream = self._upstreams.get(client)
-        if upstream is None:
-            client.send(b"N")  # nobody else can reach its socket
+        if upstream is None or upstream.server.tls is not None:
+            client.send(b"N")  # nobody can listen on this machine; from here on it is encrypted
         else:
             upstream.ask_for_tls(lambda reply: client.send(reply) if reply else client.close())
 
@@ -187,20 +208,39 @@ class Gateway:
                 connected.close()
                 return
             upstream = self._upstreams[client] = _Upstream(self, client, connected, server)
-            if server.tls is not None:
-                await self._encrypted(upstream, server.tls)
+            await self._encrypted(upstream)
         except OSError as error:
             self.hub.unreachable(client, f"{server.host}:{server.port}: {error}")
             return
         client.connected(upstream.relay, first)
         self.hub.flush()
 
-    async def _encrypted(self, upstream: _Upstream, tls: Tls) -> None:
-        replied: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        upstream.ask_for_tls(replied.set_result)
+    async def encrypt_as_named(self, client: VirtualConnection) -> None:
+        """Encrypt what goes to the server for a client that is joined, as its server is said to want.
+
+        Raises:
+            OSError: It can't be.
+        """
+        await self._encrypted(self._upstreams[client])
+
+    async def _encrypted(self, upstream: _Upstream) -> None:
+        tls = upstream.server.tls
+        if tls is None:
+            return
+        loop = asyncio.get_running_loop()
+        replied: asyncio.Future[bytes] = loop.create_future()
+
+        def take(reply: bytes) -> None:
+            if not replied.done():
+                replied.set_result(reply)
+
+        def got(reply: bytes) -> None:
+            loop.call_soon_threadsafe(take, reply)
+
+        self.place.post(upstream.ask_for_tls, got)
         reply = await replied
         if reply == b"S":
-            await upstream.wire.start_tls(tls.context, upstream.server.host)
+            await upstream.wire.start_tls(tls.context, tls.name or upstream.server.host)
         elif tls.is_required or not reply:
             raise OSError("server does not support SSL, but SSL was required")
 

@@ -14,9 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lifekit._sandbox import refuse_stragglers
+
 from .gateway import Gateway, Server
 from .place import reach
 from .virtual import VirtualConnection
+
+_OF_NOBODY = (b"X", b"\0")
+"""How a Terminate begins, and what comes before the login: a pool's housekeeping, as a cancellation."""
 
 
 class JoinedTransport(asyncio.Transport):
@@ -30,10 +35,13 @@ class JoinedTransport(asyncio.Transport):
         gateway: Gateway,
         protocol: asyncio.BaseProtocol,
         connected: socket.socket,
+        *,
+        is_nobodys: bool,
     ) -> None:
-        """*connected* is the one to the server."""
+        """*connected* is the one to the server; if it *is_nobodys*, no pool refuses who is too late."""
         super().__init__({"socket": connected})
         self._loop, self._protocol = loop, protocol
+        self._is_nobodys = is_nobodys
         self.gateway, self._place = gateway, gateway.place
         self._is_closing = self._is_paused = self._writes = False
         self._pending: deque[bytes] = deque()  # what came while it is paused, or writes
@@ -46,6 +54,8 @@ class JoinedTransport(asyncio.Transport):
         if self._is_closing:
             return
         sent = data if type(data) is bytes else bytes(data)
+        if self._is_nobodys and sent[:1] not in _OF_NOBODY:
+            refuse_stragglers("a connection of asyncpg")  # who calls has a context, no socket has one
         place = self._place
         if not place.is_here:
             place.loop.call_soon_threadsafe(self._write, sent)
@@ -149,8 +159,10 @@ class _Socket:
 class JoinedLoop:
     """The running event loop, but that connections to PostgreSQL are made to gateways."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, gateway: Gateway) -> None:
-        self._loop, self._gateway = loop, gateway
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, gateway: Gateway, *, is_nobodys: bool = False
+    ) -> None:
+        self._loop, self._gateway, self._is_nobodys = loop, gateway, is_nobodys
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loop, name)
@@ -185,14 +197,17 @@ class JoinedLoop:
         encrypted: ssl.SSLContext | None = None,
     ) -> tuple[Any, Any]:
         gateway = self._gateway
-        connected = await reach(host, port)
+        server = gateway.behind(host, port) or Server(host, port)
+        connected = await reach(server.host, server.port)
         protocol = factory()
-        transport = JoinedTransport(self._loop, gateway, protocol, connected)
+        nobodys = self._is_nobodys
+        transport = JoinedTransport(self._loop, gateway, protocol, connected, is_nobodys=nobodys)
 
         def join(joined: Callable[[VirtualConnection], None]) -> None:
-            joined(gateway.join(_Socket(transport), connected, Server(host, port)))
+            joined(gateway.join(_Socket(transport), connected, server))
 
         transport.client = await gateway.place.run(join)
+        await gateway.encrypt_as_named(transport.client)
         if encrypted is not None:
             await self.start_tls(transport, protocol, encrypted, server_hostname=host)
         protocol.connection_made(transport)
