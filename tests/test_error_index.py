@@ -53,12 +53,17 @@ NO_MESSAGE = (
     # How something is called, where a message or a picture puts it in.
     *(
         "a pool of ",
+        "a connection of ",
+        "pool.putconn(connection)",
+        "tuple[object, ",
         "a redis client",
         "a SQLAlchemy engine",
         "an engine of SQLAlchemy",
         "an unknown ",
     ),
     *("aiopg pool of ", "asyncpg pool of ", "psycopg pool of ", "any number", " of up to "),
+    *("aiopg connection, ", "asyncpg connection, ", "psycopg connection, ", "psycopg2 connection, "),
+    "psycopg2 pool of ",
     *(
         "redis client, ",
         "redis cluster client, ",
@@ -428,12 +433,11 @@ async def _wants_one_more_than_there_are() -> None:
 
 async def _keeps_a_connection_of_before() -> None:
     registry = Registry()
+    early: Any = await asyncpg.connect(os.environ["TEST_ERRORS_URL"])
 
     @registry.resource
-    async def db() -> AsyncGenerator[asyncpg.Pool]:
-        url = os.environ["TEST_ERRORS_URL"]
-        async with asyncpg.create_pool(url, min_size=0) as opened, opened.acquire():
-            yield opened
+    def db() -> asyncpg.Connection:
+        return early  # type: ignore[no-any-return]
 
     with testing.sandboxing():
         async with registry.lifespan() as lifespan, lifespan.sandbox():

@@ -18,16 +18,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg
 import psycopg2
 import pytest
 from asgi_lifespan import LifespanManager
 from fastapi import Depends, FastAPI
-from how_to import pages, pages_declared, pages_driver
+from how_to import exporter, pages, pages_declared, pages_driver
 from sqlalchemy import Engine, create_engine
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from lifekit import Registry, Resource, SandboxUnsupportedError, ShutdownError, asgi, drivers, testing
+from lifekit import (
+    Registry,
+    Resource,
+    SandboxUnsupportedError,
+    ShutdownError,
+    asgi,
+    drivers,
+    embedded,
+    testing,
+)
 from lifekit.embedded import Server
 
 from .pages import ROOT, blocks
@@ -46,6 +56,7 @@ RUN_BY_A_TEST = {
     "jobs_cli",
     "gunicorn_worker",
     "checkout",
+    "exporter",
     "test_checkout",
     "library",
     "test_library",
@@ -327,6 +338,27 @@ async def test_a_driver_opens_describes_sandboxes_and_closes(monkeypatch: pytest
     driver = drivers.find(client)
     assert driver is not None
     assert driver.describe(client) == f"pages at 127.0.0.1:{port}"
+
+
+async def test_a_client_of_postgresql_that_is_a_program_has_the_tests_rows(postgres: Server) -> None:
+    registry = Registry("exports")
+    psql = embedded._find_postgres().with_name("psql")  # pyright: ignore[reportPrivateUsage]
+    if not psql.exists():
+        pytest.skip(f"{psql} is not there")
+
+    @registry.resource
+    def exports() -> exporter.Exporter:
+        return exporter.Exporter(postgres.url, str(psql))
+
+    with testing.sandboxing():
+        async with registry.lifespan() as lifespan:
+            async with lifespan.sandbox():
+                connection = await asyncpg.connect(postgres.url)
+                await connection.execute("CREATE TABLE exported AS SELECT 1 AS n, 'a' AS name")
+                assert await lifespan[exports].csv("exported") == "1,a\n"
+                await connection.close()
+            with pytest.raises(RuntimeError):
+                await lifespan[exports].csv("exported")
 
 
 async def test_a_declaration_alone_opens_and_closes_the_same_client(

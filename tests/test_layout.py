@@ -184,18 +184,24 @@ def test_a_driver_imports_its_sandbox_when_one_is_asked_for() -> None:
         assert all(each.in_function for each in doors)
 
 
+SHARED = ("_checkouts", "_doors", "_libpq")
 DRIVERS = sorted((PACKAGE / "drivers").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("file", DRIVERS, ids=ids(DRIVERS))
 def test_a_driver_imports_no_other_driver(file: Path) -> None:
     for module, _ in own_imports(file):
-        shared = {"lifekit.drivers", "lifekit.drivers._checkouts", "lifekit.drivers._libpq"}
+        shared = {"lifekit.drivers", *(f"lifekit.drivers.{each}" for each in SHARED)}
         own = (module_name(file), module) in SANDBOX_DOORS
         assert part(module) == "core" or own or module in shared
 
 
-BESIDE = {"aiopg": {"psycopg2"}, "psycopg": {"psycopg_pool"}, "sqlalchemy": {"asyncpg"}}
+BESIDE = {
+    "aiopg": {"psycopg2"},
+    "psycopg": {"psycopg_pool"},
+    "psycopg_connection": {"psycopg"},
+    "sqlalchemy": {"asyncpg"},
+}
 
 
 @pytest.mark.parametrize("file", SIBLINGS, ids=ids(SIBLINGS))

@@ -29,11 +29,17 @@ class Private:
 
 _ASYNCPG = "0.29 to 0.32"
 _AIOPG = "1.4"
+_PSYCOPG2 = "2.9"
 _PSYCOPG = "3.2 and 3.3"
 _SQLALCHEMY = "2.0 and 2.1"
 
 NAMES: list[Private] = [
     Private("asyncpg.pool.Pool", "_connect", _ASYNCPG, "connects by way of the gateway", True),
+    Private("asyncpg.connection.Connection", "_addr", _ASYNCPG, "names the server"),
+    Private("asyncpg.connection.Connection", "_params", _ASYNCPG, "names the server"),
+    Private("psycopg2.pool.AbstractConnectionPool", "_used", _PSYCOPG2, "tells what is out", True),
+    Private("psycopg2.pool.AbstractConnectionPool", "_args", _PSYCOPG2, "names the server"),
+    Private("psycopg2.pool.AbstractConnectionPool", "_kwargs", _PSYCOPG2, "names the server"),
     Private("asyncpg.pool.Pool", "_acquire", _ASYNCPG, "notes who takes a connection", True),
     Private("asyncpg.pool.Pool", "_holders", _ASYNCPG, "tells what is out", True),
     Private("asyncpg.pool.PoolConnectionHolder", "_con", _ASYNCPG, "tells what is out", True),
@@ -45,8 +51,8 @@ NAMES: list[Private] = [
     Private(
         "asyncpg.pool.PoolConnectionHolder", "_max_inactive_time", _ASYNCPG, "drops what still arrives"
     ),
-    Private("aiopg.pool.Pool", "_dsn", _AIOPG, "connects by way of the gateway", True),
-    Private("aiopg.pool.Pool", "_conn_kwargs", _AIOPG, "connects by way of the gateway", True),
+    Private("aiopg.pool.Pool", "_dsn", _AIOPG, "names the server"),
+    Private("aiopg.pool.Pool", "_conn_kwargs", _AIOPG, "names the server"),
     Private("aiopg.pool.Pool", "_acquire", _AIOPG, "notes who takes a connection", True),
     Private("aiopg.pool.Pool", "_used", _AIOPG, "tells what is out", True),
     Private("aiopg.pool.Pool", "_loop", _AIOPG, "refuses a pool of another loop"),
@@ -62,9 +68,11 @@ NAMES: list[Private] = [
     Private(
         "psycopg_pool.pool_async.AsyncConnectionPool", "_waiting", _PSYCOPG, "wakes who waits for it"
     ),
-    Private("psycopg_pool.pool_async.AsyncConnectionPool", "_connect", _PSYCOPG, "fails early"),
+    Private("psycopg_pool.pool_async.AsyncConnectionPool", "_connect", _PSYCOPG, "fails early", True),
     Private("psycopg_pool.pool_async.AsyncConnectionPool", "_sched_runner", _PSYCOPG, "ends its tasks"),
     Private("psycopg_pool.pool_async.AsyncConnectionPool", "_workers", _PSYCOPG, "ends its tasks"),
+    Private("psycopg.BaseConnection", "_connect_gen", _PSYCOPG, "is the door of psycopg", True),
+    # `asyncpg.connect_utils._connect` and `psycopg2._connect` are the doors of those: functions.
     Private("sqlalchemy.engine.base.OptionEngineMixin", "_proxied", _SQLALCHEMY, "is one engine", True),
     Private(
         "sqlalchemy.pool.base._ConnectionFairy", "_connection_record", _SQLALCHEMY, "cuts off", True
@@ -88,5 +96,5 @@ MOST_IN_TESTS = 15
 OWN = frozenset(("_given", "_out", "_returned", "_failed", "_watched_in", "_use", "_noted", "_dispose"))
 """What lifekit itself puts on pools, and calls on its own classes."""
 
-ELSEWHERE = frozenset(("_getframe", "_children", "_fut_waiter", "_tasks"))
+ELSEWHERE = frozenset(("_replace", "_getframe", "_children", "_fut_waiter", "_tasks"))
 """Of the standard library: who waits for whom, and on what line."""

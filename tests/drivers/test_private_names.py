@@ -18,7 +18,10 @@ from .private_names import ELSEWHERE, MOST_IN_TESTS, NAMES, OWN, Private
 
 _PACKAGE = Path(lifekit.__file__).parent
 _FILES = [
-    *(_PACKAGE / "drivers" / f"{name}.py" for name in ("asyncpg", "aiopg", "psycopg", "sqlalchemy")),
+    *(
+        _PACKAGE / "drivers" / f"{name}.py"
+        for name in ("asyncpg", "aiopg", "psycopg", "psycopg_connection", "psycopg2", "sqlalchemy")
+    ),
     *(_PACKAGE / "drivers" / f"{name}.py" for name in ("__init__", "_checkouts", "_libpq")),
     _PACKAGE / "sandbox" / "_by_gateway.py",
     _PACKAGE / "sandbox" / "_waits.py",
@@ -32,7 +35,9 @@ def _private(tree: ast.AST) -> Iterator[tuple[str, bool]]:
         match node:
             case ast.Attribute(value=value, attr=name):
                 yield name, isinstance(value, ast.Name) and value.id in ("self", "cls")
-            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, second, *_]):
+            case ast.Call(
+                func=ast.Name(id="getattr" | "hasattr" | "setattr" | "Door"), args=[_, second, *_]
+            ):
                 if isinstance(second, ast.Constant):
                     yield str(second.value), False
             case _:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from lifekit import Registry, SandboxBusyError, drivers
+from lifekit.drivers._doors import by_way_of
 from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
@@ -440,6 +441,11 @@ class Worlds:
 
     async def in_production(self, ops: Sequence[Op]) -> tuple[list[Any], list[bool]]:
         """What an application sees, and which operations would wait for another connection."""
+        past: Any = object()
+        with by_way_of(past):
+            return await self._in_production(ops)
+
+    async def _in_production(self, ops: Sequence[Op]) -> tuple[list[Any], list[bool]]:
         await self.admins[0].execute(f"SELECT pg_terminate_backend(pid) {LEFT_BEHIND}")
         await self.admins[0].execute(SCHEMA)
         pool = await self.client.connect(self.production)

@@ -13,6 +13,7 @@ from typing import Any
 import aiopg
 import asyncpg
 import psycopg
+import psycopg2.pool
 import psycopg_pool
 import sqlalchemy
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -171,6 +172,46 @@ class PsycopgSync(Pool):
         return await asyncio.to_thread(value.getconn)
 
 
+class PsycopgSyncNull(PsycopgSync):
+    name = "psycopg, sync, no pooling"
+    keeps = False
+
+    def make(self, url: str, most: int) -> Any:
+        return psycopg_pool.NullConnectionPool(
+            url, min_size=0, max_size=most, open=False, kwargs={"autocommit": True}
+        )
+
+
+class Psycopg2(Pool):
+    """psycopg2's own."""
+
+    name = "psycopg2"
+
+    def make(self, url: str, most: int) -> Any:
+        return psycopg2.pool.ThreadedConnectionPool(0, 2 * most, url)  # where others wait, it fails
+
+    @asynccontextmanager
+    async def acquire(self, value: Any) -> AsyncGenerator[Run]:
+        connection = await asyncio.to_thread(value.getconn)
+        connection.autocommit = True
+
+        def work(sql: str) -> Any:
+            with connection.cursor() as cursor:
+                cursor.execute(sql)
+                return cursor.fetchall() if cursor.description else []
+
+        async def run(sql: str) -> Any:
+            return await asyncio.to_thread(work, sql)
+
+        try:
+            yield run
+        finally:
+            await asyncio.to_thread(value.putconn, connection)
+
+    async def take(self, value: Any) -> Any:
+        return await asyncio.to_thread(value.getconn)
+
+
 class Engine(Pool):
     """SQLAlchemy's sync engines."""
 
@@ -243,7 +284,7 @@ class AsyncEngine(Engine):
 
 
 POOLS: list[Pool] = [
-    *(Asyncpg(), Aiopg(), Psycopg(), PsycopgNull(), PsycopgSync()),
+    *(Asyncpg(), Aiopg(), Psycopg(), PsycopgNull(), PsycopgSync(), PsycopgSyncNull(), Psycopg2()),
     *(AsyncEngine("asyncpg"), AsyncEngine("psycopg")),
     *(Engine("psycopg2"), Engine("psycopg"), Engine("pg8000")),
 ]
