@@ -139,7 +139,7 @@ class _Engines(Pooled[T]):
             return UnsupportedSandbox(f"{dialect.name}+{dialect.driver}")
         if use.gateway is gateway:
             return None  # by another engine, from which this one derives, or that derives from this
-        kind: Any = type(dialect)
+        kind: Any = dialect.__class__
 
         def by_gateway(*args: Any, **given: Any) -> Any:
             with by_way_of(gateway):

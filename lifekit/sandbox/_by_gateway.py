@@ -172,8 +172,7 @@ class PostgresSandbox(Sandbox):
 
     def let_last(self, driver: Any, value: Any) -> None:
         """Let what a value connects from now on last."""
-        kind: type = Pooled
-        if isinstance(driver, kind):
+        if issubclass(type(driver), Pooled):
             driver.redirect(value, _past)
 
     def made(self, connection: Any, number: Callable[[Any], int | None], checkout: Checkout) -> bool:
