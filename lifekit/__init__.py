@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import events as events
     from . import testing as testing
     from ._errors import (
+        CrashError,
         DeadlineError,
         DeclarationError,
         LifekitError,
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
     from ._lifespan import Lifespan
     from ._registry import Registry
     from ._resource import Resource
+    from ._stopping import Stopping, stopping
+    from ._worker import Worker
     from .drivers import Driver
 
 __all__ = [
+    "CrashError",
     "DeadlineError",
     "DeclarationError",
     "Driver",
@@ -44,7 +48,10 @@ __all__ = [
     "SandboxUnsupportedError",
     "ShutdownError",
     "StartupError",
+    "Stopping",
+    "Worker",
     "WrongLoopError",
+    "stopping",
 ]
 
 _PARTS = {"asgi", "drivers", "embedded", "events", "testing"}
@@ -53,6 +60,9 @@ _HOMES = {
     "Lifespan": "_lifespan",
     "Registry": "_registry",
     "Resource": "_resource",
+    "Stopping": "_stopping",
+    "Worker": "_worker",
+    "stopping": "_stopping",
 }
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from ._backend import running_loop, sit_out
-from ._errors import LifekitError, NotOpenError, OverrideError, ShutdownError, StartupError
+from . import events
+from ._backend import call_soon, running_loop, sit_out
+from ._errors import CrashError, LifekitError, NotOpenError, OverrideError, ShutdownError, StartupError
 from ._graph import Plan, dependents
+from ._leaving import Body, body
 from ._overrides import (
     MISSING,
     Override,
@@ -24,9 +27,11 @@ from ._overrides import (
     refuse_useless,
 )
 from ._resource import Resource
-from ._running import Start, current, wrong_loop
+from ._running import Start, current, everywhere, wrong_loop
 from ._sandbox import Block, Sandboxing, sandboxing
+from ._signals import forget, is_served, listen, stop_server
 from ._stack import Site, caller_frame
+from ._stopping import Stopping
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -73,6 +78,13 @@ class Lifespan(Mapping[str, Any]):
         self.variables: Variables = ()  # which factories set, for requests to have as well
         self._variables: Variables = ()  # the same, unless overridden
         self._root = root or self
+        self.stopping: Stopping = Stopping(root.stopping if root is not None else None)
+        self._crashes: list[tuple[str, str, Exception]] = root._crashes if root is not None else []
+        self._crashed = False
+        self._stop_asked = False
+        self._served = False
+        self._body: Body | None = None
+        self._soon: Callable[[Callable[[], object]], object] = lambda call: call()
         self._sandboxing: Sandboxing | None = None
         self._sandboxes: list[tuple[str, Sandbox]] | None = None
         self._own: dict[Resource[Any], Any] = {}  # the engine's, which is `live` too unless overridden
@@ -210,10 +222,19 @@ class Lifespan(Mapping[str, Any]):
             variables=self._root._variables,
             gateway=self._root._gateway,
             block=lambda: self._root.block,
+            workers=not self._root.sandboxed or self._root.block is not None,
+            on_crash=registry.on_crash,
+            crashes=self._crashes,
             on_event=registry.on_event,
             on_finished=self._retract,
         )
         self.loop, self.process = running_loop(), os.getpid()
+        self._soon = call_soon()
+        entering = sys._getframe().f_back  # pyright: ignore[reportPrivateUsage]
+        if self._root is self:
+            self._served = is_served(entering)
+            if registry.signals:
+                listen(self, self._notice)
         current.set((self, *current.get()))
         self._publish()
         engine.start()
@@ -229,6 +250,8 @@ class Lifespan(Mapping[str, Any]):
         # What factories set in their contexts holds in the body, as it does where no lifekit is.
         self._tokens = [variable.set(value) for variable, value in engine.variables]
         self.variables = self._variables = (*self._root._variables, *engine.variables)
+        if self._root is self:
+            self._body = body(entering)
         return self
 
     async def __aexit__(
@@ -236,32 +259,41 @@ class Lifespan(Mapping[str, Any]):
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
+    ) -> bool | None:
         """Close everything.
 
         Raises:
             ShutdownError: Some closings failed; everything else was closed all the same.
+            CrashError: A worker or a resource crashed, and so ended it.
             WrongLoopError: It runs in another event loop, and goes on.
             LifekitError: It was not entered.
         """
         if self._engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
         if self._engine.finished.is_set() and self._left:
-            return
+            return None
         self._left = True
         if isinstance(error, GeneratorExit):  # this coroutine is closed, and can't wait any more
             try:
                 self._engine.stop()
             except RuntimeError:  # the loop is closed as well
                 self._engine.lose()
-            return
+            return None
         self._refuse_another_loop(self.registry.name)
+        came = error
+        if self._body is not None:
+            came = await self._body.leave(error)
         try:
             if self.patches:
                 await self.undo(self.patches[0])
         finally:
             self._engine.stop()
-            await self._after(self._engine, error if not isinstance(error, Exception) else None)
+            await self._after(self._engine, came if not isinstance(came, Exception) else None)
+        if came is not error:
+            if came is not None:
+                raise came
+            return True  # lifekit's own cancellation, and nothing failed
+        return None
 
     async def _after(self, engine: Engine, interrupt: BaseException | None) -> None:
         """Wait for the end, whatever comes meanwhile, and raise what has to be raised then."""
@@ -286,10 +318,12 @@ class Lifespan(Mapping[str, Any]):
         if failure is not None:
             raise failure
 
-    def _failure(self, engine: Engine) -> StartupError | ShutdownError | None:
+    def _failure(self, engine: Engine) -> StartupError | ShutdownError | CrashError | None:
         name = self.registry.name
         shutdown = ShutdownError.of(name, engine.close_failures) if engine.close_failures else None
         if not engine.open_failures:
+            if self._crashes and self._root is self:
+                return CrashError.of(name, self._crashes, shutdown)
             return shutdown
         return StartupError.of(
             name,
@@ -299,6 +333,51 @@ class Lifespan(Mapping[str, Any]):
             not_begun=engine.not_begun(),
             rollback=shutdown,
         )
+
+    # -- being told to end --------------------------------------------------------------------
+
+    def stop(self, reason: str = "") -> None:
+        """Ask for the end of the application, from anywhere in it; return at once.
+
+        Under a server the process gets SIGTERM, so that requests under way are answered as ever. Else
+        the body of ``async with registry.lifespan()`` is cancelled, and leaving it raises nothing.
+
+        Args:
+            reason: Why, for the log.
+
+        Raises:
+            LifekitError: It was not entered.
+        """
+        root = self._root
+        if root._engine is None:
+            raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
+        if running_loop() is not root.loop:
+            root._soon(lambda: root.stop(reason))
+            return
+        if root._stop_asked or root._left or root._engine.stopping:
+            return
+        root._stop_asked = True
+        events.logger.warning(f"{self.registry.name} is asked to stop: {reason or 'no reason given'}")
+        root.stopping.set()
+        if not root._engine.ready.is_set():
+            root._engine.stop()
+        elif not (root._served and stop_server()) and root._body is not None:
+            root._body.cancel()
+
+    def crashed(self, name: str, on_crash: str) -> None:
+        """Do what a crash asks for; called by the engine."""
+        root = self._root
+        if on_crash == "ignore":
+            return
+        root._crashed = True
+        if on_crash == "stop" and root.block is None:
+            root.stop(f"{name} crashed")
+
+    def _notice(self) -> None:
+        # Called by a signal handler, amid anything.
+        self.stopping.mark()
+        with suppress(RuntimeError):  # the loop was closed
+            self._soon(self.stopping.set)
 
     # -- test mode ----------------------------------------------------------------------------
 
@@ -428,6 +507,7 @@ class Lifespan(Mapping[str, Any]):
     # -- being found --------------------------------------------------------------------------
 
     def _publish(self) -> None:
+        everywhere[self.loop] = (*everywhere.get(self.loop, ()), self)
         for registry in self._registries:
             registry.running[self.loop] = (*registry.running.get(self.loop, ()), self)
 
@@ -436,12 +516,13 @@ class Lifespan(Mapping[str, Any]):
             self._gateway.finish()
         if self._sandboxing is not None:
             self._sandboxing.lifespans.remove(self)
-        for registry in self._registries:
-            left = tuple(each for each in registry.running.get(self.loop, ()) if each is not self)
+        forget(self)
+        for running in (everywhere, *(registry.running for registry in self._registries)):
+            left = tuple(each for each in running.get(self.loop, ()) if each is not self)
             if left:
-                registry.running[self.loop] = left
+                running[self.loop] = left
             else:
-                registry.running.pop(self.loop, None)
+                running.pop(self.loop, None)
 
     # -- pictures -----------------------------------------------------------------------------
 

@@ -24,6 +24,10 @@ current: ContextVar[tuple[Lifespan, ...]] = ContextVar("lifekit.current", defaul
 """The lifespans of this context, the innermost first."""
 
 
+everywhere: dict[object, tuple[Lifespan, ...]] = {}
+"""The lifespans that run in each event loop of the process, the latest last."""
+
+
 class Start(NamedTuple):
     """In which start of which application a lifespan begins, as far as the stack tells."""
 
