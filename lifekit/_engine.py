@@ -53,6 +53,9 @@ class Engine(View):
 
     task: object
     base: Context  # that of the owner, on which those of the resources stand
+    _changes: list[Callable[[], None]]  # asked for, and not made yet
+    _resting: list[tuple[list[Node], anyio.Event]]
+    _resumed: list[anyio.Event]
 
     def __init__(
         self,
@@ -100,9 +103,7 @@ class Engine(View):
         self._on_finished = on_finished
         self.on_crash, self.crashes = on_crash, crashes
         self._due = set(self.crew if workers else ())  # which begin when all is open
-        self._changes: list[Callable[[], None]] = []
-        self._resting: list[tuple[list[Node], anyio.Event]] = []
-        self._resumed: list[anyio.Event] = []
+        self._changes, self._resting, self._resumed = [], [], []
         self._stop_asked = False
         self._unopened, self._running = sum(node.worker is None for node in self.own), 0
         self._tasks: list[object] = []  # asyncio itself does not keep them
@@ -141,14 +142,11 @@ class Engine(View):
 
     def lose(self) -> None:
         """Say what can't be closed any more: the loop was closed, and did not ask before."""
-        left = self._left()
+        left = self.left()
         if not self.finished.is_set() and left:
             told = f"the event loop was closed under the open lifespan of {self.name}"
             events.logger.error(f"{told}: never closed: {left}")
         self._finish()
-
-    def _left(self) -> str:
-        return ", ".join(node.resource.name for node in self.own if node.state in RUNNING)
 
     def _finish(self) -> None:
         if not self.finished.is_set():
@@ -254,7 +252,7 @@ class Engine(View):
         with suppress(Exception):
             events.logger.warning(
                 f"{type(self.held_back[-1]).__name__} waits until {self.name} is closed, which takes "
-                f"{self.grace:.3g} s at most: {self._left()} left"
+                f"{self.grace:.3g} s at most: {self.left()} left"
             )
 
     def _begin(self, node: Node) -> None:
@@ -342,8 +340,8 @@ class Engine(View):
         self._resting.append((nodes, rested))
         for node in nodes:
             node.rests = True
-            children = (self.nodes[index] for index in self.plan.children[node.index])
-            node.pending = sum(child.state in RUNNING for child in children)
+            children = {self.nodes[index] for index in self.plan.children[node.index]}
+            node.pending = sum(child in children for child in nodes)
         for node in reversed(nodes):
             if node.pending == 0 and node.state is State.OPEN:
                 self._ask_to_close(node)

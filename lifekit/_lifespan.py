@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Token
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
 from . import events
 from ._backend import call_soon, running_loop, sit_out
@@ -28,7 +28,7 @@ from ._overrides import (
 )
 from ._resource import Resource
 from ._running import Start, current, everywhere, wrong_loop
-from ._sandbox import Block, Sandboxing, sandboxing
+from ._sandbox import Block, Sandboxing, sandboxing, workers_wanted
 from ._signals import forget, is_served, listen, stop_server
 from ._stack import Site, caller_frame
 from ._stopping import Stopping
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from ._factory import Entered, Produced
     from ._node import Variables
     from ._registry import Registry
+    from ._resting import Some
     from ._timeline import Timeline
+    from ._worker import Worker
     from .drivers import Sandbox
     from .sandbox._by_gateway import PostgresSandbox
 
@@ -79,8 +81,8 @@ class Lifespan(Mapping[str, Any]):
         self._variables: Variables = ()  # the same, unless overridden
         self._root = root or self
         self.stopping: Stopping = Stopping(root.stopping if root is not None else None)
-        self._crashes: list[tuple[str, str, Exception]] = root._crashes if root is not None else []
-        self._crashed = False
+        self.crashes: list[tuple[str, str, Exception]] = root.crashes if root is not None else []
+        self.has_crashed = False
         self._stop_asked = False
         self._served = False
         self._body: Body | None = None
@@ -92,7 +94,9 @@ class Lifespan(Mapping[str, Any]):
         self._base = self._plan = plan
         self._names = {resource.name: resource for resource in plan.resources}
         self._registries = {registry, *(resource.registry for resource in plan.resources)}
-        self._engine: Engine | None = None
+        self.engine: Engine | None = None
+        self.works: bool = True  # its workers begin, when all is open or when a block begins
+        self._rests: Some = {}  # what an override made to rest, by the layer that owns it
         self._left = False
         self._tokens: list[Token[Any]] = []
 
@@ -181,8 +185,8 @@ class Lifespan(Mapping[str, Any]):
                 f"{resource.registry.name!r}, and this is a lifespan of {self.registry.name!r}. "
                 "Include that registry, or open a lifespan of it."
             )
-        state = "not entered yet" if self._engine is None else "closing or closed"
-        if self._engine is not None and not self._engine.stopping:
+        state = "not entered yet" if self.engine is None else "closing or closed"
+        if self.engine is not None and not self.engine.stopping:
             state = "still starting"
         return (
             f"{resource.name} ({resource.location}) is not open: its lifespan, made at "
@@ -203,7 +207,7 @@ class Lifespan(Mapping[str, Any]):
             StartupError: Something failed to open; what had opened is closed again.
             LifekitError: It has run before, or its event loop ended while it started.
         """
-        if self._engine is not None:
+        if self.engine is not None:
             raise LifekitError(f"the lifespan made at {self.location} has run: make another one")
         from ._engine import Engine  # here, so that `import lifekit` costs an import of little
 
@@ -211,7 +215,7 @@ class Lifespan(Mapping[str, Any]):
         if self._root is self:
             self._read_context()
         self.live = self._own
-        self._engine = engine = Engine(
+        self.engine = engine = Engine(
             registry.name,
             self._plan,
             self._own,
@@ -222,9 +226,9 @@ class Lifespan(Mapping[str, Any]):
             variables=self._root._variables,
             gateway=self._root._gateway,
             block=lambda: self._root.block,
-            workers=not self._root.sandboxed or self._root.block is not None,
+            workers=self._root._may_work(),
             on_crash=registry.on_crash,
-            crashes=self._crashes,
+            crashes=self.crashes,
             on_event=registry.on_event,
             on_finished=self._retract,
         )
@@ -268,16 +272,16 @@ class Lifespan(Mapping[str, Any]):
             WrongLoopError: It runs in another event loop, and goes on.
             LifekitError: It was not entered.
         """
-        if self._engine is None:
+        if self.engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
-        if self._engine.finished.is_set() and self._left:
+        if self.engine.finished.is_set() and self._left:
             return None
         self._left = True
         if isinstance(error, GeneratorExit):  # this coroutine is closed, and can't wait any more
             try:
-                self._engine.stop()
+                self.engine.stop()
             except RuntimeError:  # the loop is closed as well
-                self._engine.lose()
+                self.engine.lose()
             return None
         self._refuse_another_loop(self.registry.name)
         came = error
@@ -287,8 +291,8 @@ class Lifespan(Mapping[str, Any]):
             if self.patches:
                 await self.undo(self.patches[0])
         finally:
-            self._engine.stop()
-            await self._after(self._engine, came if not isinstance(came, Exception) else None)
+            self.engine.stop()
+            await self._after(self.engine, came if not isinstance(came, Exception) else None)
         if came is not error:
             if came is not None:
                 raise came
@@ -322,8 +326,8 @@ class Lifespan(Mapping[str, Any]):
         name = self.registry.name
         shutdown = ShutdownError.of(name, engine.close_failures) if engine.close_failures else None
         if not engine.open_failures:
-            if self._crashes and self._root is self:
-                return CrashError.of(name, self._crashes, shutdown)
+            if self.crashes and self._root is self:
+                return CrashError.of(name, self.crashes, shutdown)
             return shutdown
         return StartupError.of(
             name,
@@ -349,18 +353,18 @@ class Lifespan(Mapping[str, Any]):
             LifekitError: It was not entered.
         """
         root = self._root
-        if root._engine is None:
+        if root.engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
         if running_loop() is not root.loop:
             root._soon(lambda: root.stop(reason))
             return
-        if root._stop_asked or root._left or root._engine.stopping:
+        if root._stop_asked or root._left or root.engine.stopping:
             return
         root._stop_asked = True
         events.logger.warning(f"{self.registry.name} is asked to stop: {reason or 'no reason given'}")
         root.stopping.set()
-        if not root._engine.ready.is_set():
-            root._engine.stop()
+        if not root.engine.ready.is_set():
+            root.engine.stop()
         elif not (root._served and stop_server()) and root._body is not None:
             root._body.cancel()
 
@@ -369,7 +373,7 @@ class Lifespan(Mapping[str, Any]):
         root = self._root
         if on_crash == "ignore":
             return
-        root._crashed = True
+        root.has_crashed = True
         if on_crash == "stop" and root.block is None:
             root.stop(f"{name} crashed")
 
@@ -381,21 +385,44 @@ class Lifespan(Mapping[str, Any]):
 
     # -- test mode ----------------------------------------------------------------------------
 
-    def sandbox(self) -> Block:
+    def sandbox(self, *, workers: bool = True) -> Block:
         """Undo all that is done to its values inside ``async with lifespan.sandbox():``.
+
+        Args:
+            workers: Run the workers inside of it, and end them before all is undone.
 
         Raises:
             SandboxError: At the ``async with``: the lifespan was not opened in
                 `lifekit.testing.sandboxing`.
             SandboxBusyError: Likewise: it is in another block.
             SandboxEscapedError: At the end: something is still in use, or could not be undone.
+            CrashError: At the end: a worker has crashed.
         """
-        return Block(self._root, Site(caller_frame()))
+        return Block(self._root, Site(caller_frame()), workers=workers)
+
+    async def run_once(self, worker: Worker) -> None:
+        """Run a worker's function once, here, with the live values of what it needs.
+
+        Raises:
+            NotOpenError: One of them is not open; so for the other one.
+            WrongLoopError: The lifespan runs in another event loop.
+            BaseException: What the function raised.
+        """
+        await cast("Awaitable[object]", worker.factory(*[self[need] for need in worker.needs]))
+
+    def layers(self) -> list[Engine]:
+        """Return its run, and those of its overrides, the innermost last."""
+        found = (each.engine for each in (self, *self.patches))
+        return [engine for engine in found if engine is not None]
+
+    def _may_work(self) -> bool:
+        wanted = self.works and (self.block is None or self.block.works)
+        return wanted and (not self.sandboxed or self.block is not None)
 
     def sandboxes(self) -> list[tuple[str, Sandbox]]:
         """Return the names and sandboxes of the values that it opened, what others need first."""
-        if self._sandboxes is None and self._engine is not None:
-            self._sandboxes = self._engine.sandboxes()
+        if self._sandboxes is None and self.engine is not None:
+            self._sandboxes = self.engine.sandboxes()
         return self._sandboxes or []
 
     @overload
@@ -411,7 +438,9 @@ class Lifespan(Mapping[str, Any]):
 
         What depends on the resource is built a second time, the rest is shared. Requests find the new
         values, and ``as`` gives a lifespan that holds them; at the end the new ones are closed and the
-        old ones, which stay open all the while, serve again.
+        old ones serve again. Those stay open all the while, but for what would go on working with the
+        old value: workers, and resources that have tasks of their own, with what needs them. These are
+        ended before the new ones begin, and begun anew at the end.
 
         Args:
             resource: The handle.
@@ -435,7 +464,7 @@ class Lifespan(Mapping[str, Any]):
     @asynccontextmanager
     async def _patch(self, override: Override) -> AsyncGenerator[Lifespan]:
         root = self._root
-        if root._engine is None or root._engine.stopping or not root._engine.ready.is_set():
+        if root.engine is None or root.engine.stopping or not root.engine.ready.is_set():
             raise OverrideError(
                 f"{override.location}: the lifespan made at {root.location} does not run. Enter it "
                 "first; registry.override(…) is for lifespans that are opened later."
@@ -448,18 +477,27 @@ class Lifespan(Mapping[str, Any]):
         rebuilt = dependents(patched._plan, override.resource)
         patched._own.update((each, top._own[each]) for each in top._own if each not in rebuilt)
         patched._own.update(given({override.resource: override}))
-        async with patched:
-            if (root, *root.patches)[-1] is not top:
-                raise OverrideError(
-                    f"{override.location}: another override of this lifespan began while this one was "
-                    "built, and the two would not know of each other. Begin one after the other."
-                )
-            root._serve((*root.patches, patched))
-            try:
-                yield patched
-            finally:
-                inner = root.patches[-1:] != (patched,) and patched in root.patches
-                await root.undo(patched)
+        from ._resting import acting_in, suspend  # here, for production never needs it
+
+        patched._rests = acting_in(root.layers(), rebuilt)
+        try:
+            if (interrupt := await suspend(patched._rests)) is not None:
+                raise interrupt
+            async with patched:
+                if (root, *root.patches)[-1] is not top:
+                    raise OverrideError(
+                        f"{override.location}: another override of this lifespan began while this "
+                        "one was built, and the two would not know of each other. Begin one after the "
+                        "other."
+                    )
+                root._serve((*root.patches, patched))
+                try:
+                    yield patched
+                finally:
+                    inner = root.patches[-1:] != (patched,) and patched in root.patches
+                    await root.undo(patched)
+        finally:
+            await root._end_rest(patched)
         if inner:
             raise OverrideError(
                 f"the override made at {override.location} ended while one inside it was in use, which "
@@ -486,13 +524,25 @@ class Lifespan(Mapping[str, Any]):
                 await each.__aexit__(None, None, None)
             except BaseException as error:
                 failures.append(error)
+            try:
+                await self._end_rest(each)
+            except BaseException as error:
+                failures.append(error)
         for failure in failures:
             if not isinstance(failure, Exception):
                 raise failure
         if failures:
             raise failures[0]
 
+    async def _end_rest(self, patched: Lifespan) -> None:
+        rests, patched._rests = patched._rests, {}
+        if rests:
+            from ._resting import resume
+
+            await resume(rests, self.layers())
+
     def _read_context(self) -> None:
+        self.works = workers_wanted.get()
         self._sandboxing = sandboxing.get()
         if self._sandboxing is not None:
             from .sandbox._by_gateway import PostgresSandbox  # here, for production never needs it
@@ -537,6 +587,6 @@ class Lifespan(Mapping[str, Any]):
         return self._started_engine().stop_timeline()
 
     def _started_engine(self) -> Engine:
-        if self._engine is None:
+        if self.engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
-        return self._engine
+        return self.engine

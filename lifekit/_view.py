@@ -13,7 +13,7 @@ from ._closing import reached_in
 from ._deadlines import BLOCKED, Deadlines
 from ._errors import DeadlineError
 from ._graph import Plan
-from ._node import Node, State, Variables
+from ._node import RUNNING, Node, State, Variables
 from ._resource import Resource
 from ._stack import suspended_frames, waiting_at
 from ._timeline import Timeline, timeline
@@ -69,6 +69,10 @@ class View:
     def not_begun(self) -> list[str]:
         """Return the names of what never began to open."""
         return [node.resource.name for node in self.own if node.state is State.WAITING]
+
+    def left(self) -> str:
+        """Return the names of what is not closed yet."""
+        return ", ".join(node.resource.name for node in self.own if node.state in RUNNING)
 
     def sandboxes(self) -> list[tuple[str, Sandbox]]:
         """Return the names and sandboxes of the open values that have one, what others need first."""

@@ -275,6 +275,7 @@ def test_a_worker_that_ignores_its_cancellation_is_left_behind_and_named(backend
             await released[0].wait()  # here it stands
 
     async def main() -> None:
+        began = 0.0
         with pytest.raises(ShutdownError) as caught:
             async with registry.lifespan():
                 await checkpoint()
@@ -411,8 +412,8 @@ def test_an_option_that_does_not_fit_is_refused_where_it_stands(
 
 def test_what_is_not_async_and_a_resource_on_a_worker_are_refused() -> None:
     registry = Registry()
-    with pytest.raises(DeclarationError, match="a worker is an async function, and this function"):
-        registry.worker(lambda: None)  # type: ignore[call-overload] # pyright: ignore
+    with pytest.raises(DeclarationError, match="a worker is an async function, and this builtin"):
+        registry.worker(print)  # type: ignore[arg-type] # pyright: ignore
 
     @registry.worker
     async def outbox() -> None: ...
