@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StartupError,
         WrongLoopError,
     )
+    from ._health import Health
     from ._lifespan import Lifespan
     from ._registry import Registry
     from ._resource import Resource
@@ -36,6 +37,7 @@ __all__ = [
     "DeadlineError",
     "DeclarationError",
     "Driver",
+    "Health",
     "LifekitError",
     "Lifespan",
     "NotOpenError",
@@ -57,6 +59,7 @@ __all__ = [
 _PARTS = {"asgi", "drivers", "embedded", "events", "testing"}
 _HOMES = {
     "Driver": "drivers",
+    "Health": "_health",
     "Lifespan": "_lifespan",
     "Registry": "_registry",
     "Resource": "_resource",

@@ -27,7 +27,7 @@ from ._overrides import (
     refuse_useless,
 )
 from ._resource import Resource
-from ._running import Start, current, everywhere, wrong_loop
+from ._running import Start, current, everywhere, why_not_open, wrong_loop
 from ._sandbox import Block, Sandboxing, sandboxing, workers_wanted
 from ._signals import forget, is_served, listen, stop_server
 from ._stack import Site, caller_frame
@@ -36,6 +36,7 @@ from ._stopping import Stopping
 if TYPE_CHECKING:
     from ._engine import Engine
     from ._factory import Entered, Produced
+    from ._health import Checks, Health
     from ._node import Variables
     from ._registry import Registry
     from ._resting import Some
@@ -83,6 +84,7 @@ class Lifespan(Mapping[str, Any]):
         self.stopping: Stopping = Stopping(root.stopping if root is not None else None)
         self.crashes: list[tuple[str, str, Exception]] = root.crashes if root is not None else []
         self.has_crashed = False
+        self._checks: Checks | None = None
         self._stop_asked = False
         self._served = False
         self._body: Body | None = None
@@ -130,7 +132,7 @@ class Lifespan(Mapping[str, Any]):
         try:
             return self.live[key]
         except KeyError:
-            raise NotOpenError(self._why_not_open(key), resource=key.name) from None
+            raise NotOpenError(why_not_open(self, key), resource=key.name) from None
 
     def holders(self, key: Resource[Any] | str) -> tuple[str, ...]:
         """Return who now holds parts of a live value, as of a pool its connections.
@@ -177,22 +179,6 @@ class Lifespan(Mapping[str, Any]):
     def _lifespans(self) -> dict[str, Lifespan]:
         # Under these keys a request's own state leads from a handle to this lifespan.
         return {registry.key: self for registry in self._registries}
-
-    def _why_not_open(self, resource: Resource[Any]) -> str:
-        if not self.declares(resource):
-            return (
-                f"{resource.name} ({resource.location}) belongs to the registry "
-                f"{resource.registry.name!r}, and this is a lifespan of {self.registry.name!r}. "
-                "Include that registry, or open a lifespan of it."
-            )
-        state = "not entered yet" if self.engine is None else "closing or closed"
-        if self.engine is not None and not self.engine.stopping:
-            state = "still starting"
-        return (
-            f"{resource.name} ({resource.location}) is not open: its lifespan, made at "
-            f"{self.location}, is {state}. "
-            "Use it inside `async with registry.lifespan()`."
-        )
 
     def declares(self, resource: Resource[Any]) -> bool:
         """Return whether it is one of this lifespan's resources, open or not."""
@@ -368,6 +354,21 @@ class Lifespan(Mapping[str, Any]):
         elif not (root._served and stop_server()) and root._body is not None:
             root._body.cancel()
 
+    async def health(self) -> Health:
+        """Check all resources again, at once, and return how they, the workers and the whole are.
+
+        Each check has five seconds. Callers that come at once share them, and for a second after.
+        """
+        return await self.checks().health()
+
+    def checks(self) -> Checks:
+        """Return what checks its values."""
+        from ._health import Checks
+
+        root = self._root
+        root._checks = root._checks or Checks(root)
+        return root._checks
+
     def crashed(self, name: str, on_crash: str) -> None:
         """Do what a crash asks for; called by the engine."""
         root = self._root
@@ -458,7 +459,7 @@ class Lifespan(Mapping[str, Any]):
         made = make_override(resource, value, factory)
         for each in (made.resource, *made.declaration.needs):
             if not self.declares(each):
-                raise OverrideError(f"{made.location}: {self._why_not_open(each)}")
+                raise OverrideError(f"{made.location}: {why_not_open(self, each)}")
         return self._patch(made)
 
     @asynccontextmanager

@@ -76,6 +76,24 @@ def wrong_loop(name: str, lifespan: Lifespan, here: object) -> WrongLoopError:
     )
 
 
+def why_not_open(lifespan: Lifespan, resource: Resource[Any]) -> str:
+    """Return why *lifespan* has no value of *resource*."""
+    if not lifespan.declares(resource):
+        return (
+            f"{resource.name} ({resource.location}) belongs to the registry "
+            f"{resource.registry.name!r}, and this is a lifespan of {lifespan.registry.name!r}. "
+            "Include that registry, or open a lifespan of it."
+        )
+    state = "not entered yet" if lifespan.engine is None else "closing or closed"
+    if lifespan.engine is not None and not lifespan.engine.stopping:
+        state = "still starting"
+    return (
+        f"{resource.name} ({resource.location}) is not open: its lifespan, made at "
+        f"{lifespan.location}, is {state}. "
+        "Use it inside `async with registry.lifespan()`."
+    )
+
+
 def _loop_name(loop: object) -> str:
     return f"{type(loop).__name__} {id(loop):#x}"
 

@@ -227,6 +227,7 @@ def test_the_public_names_are_these() -> None:
         "DeadlineError",
         "DeclarationError",
         "Driver",
+        "Health",
         "LifekitError",
         "Lifespan",
         "NotOpenError",
@@ -249,7 +250,7 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_the_public_names_of_the_parts_are_these() -> None:
-    assert asgi.__all__ == ["combine"]
+    assert asgi.__all__ == ["combine", "health"]
     assert drivers.__all__ == ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
     assert testing.__all__ == [
         "Sandboxing",
