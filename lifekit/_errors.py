@@ -217,7 +217,7 @@ class CrashError(_FailureGroup):
     ) -> Self:
         """Build it from (name, code line, error) of each failure."""
         names = _listed(dict.fromkeys(name for name, _, _ in failures))
-        lines = [f"{lifespan} has stopped, for while it ran {names} crashed"]
+        lines = [f"{lifespan} was stopped: {names} crashed while it ran"]
         lines += [_line(*failure) for failure in failures]
         causes = [error for _, _, error in failures]
         if shutdown is not None:

@@ -125,9 +125,7 @@ def _without_check(node: Node | None) -> ResourceHealth | None:
     if node.worker is not None:
         return _of_worker(node.worker)
     if node.crashed:
-        return ResourceHealth(
-            "crashed", message="a scope that it holds was cancelled while it was open"
-        )
+        return ResourceHealth("crashed", message="a task group or a scope of its own was cancelled")
     if node.state in (State.WAITING, State.OPENING):
         return ResourceHealth("starting")
     return None if node.state is State.OPEN else ResourceHealth("stopping")

@@ -12,7 +12,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from ._backend import contexts_of_tasks, sit_out
-from ._errors import LifekitError
+from ._errors import OverrideError
 from ._node import RUNNING, Node, State, belongs_to
 from ._resource import Resource
 
@@ -88,7 +88,7 @@ async def resume(some: Some, layers: Sequence[Engine]) -> None:
     """Open or begin these anew, outermost layer first, and let the other layers have the new values.
 
     Raises:
-        LifekitError: Something did not open again, so that its lifespan ends; that says why.
+        OverrideError: Something did not open again, so that its lifespan ends; that says why.
     """
     interrupt: BaseException | None = None
     for layer in reversed(some):
@@ -100,7 +100,7 @@ async def resume(some: Some, layers: Sequence[Engine]) -> None:
                     inner.values[each] = layer.values[each]
         if layer.open_failures and interrupt is None:
             names = ", ".join(name for name, _, _ in layer.open_failures)
-            interrupt = LifekitError(
+            interrupt = OverrideError(
                 f"{names} of {layer.name} had been closed for an override, and did not open again: the "
                 "lifespan ends, and raises why"
             )

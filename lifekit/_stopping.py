@@ -118,7 +118,13 @@ class StoppingOf:
         return _find() if connection is None else _of_request(connection)
 
 
-stopping = StoppingOf()
+stopping: StoppingOf = StoppingOf()
+"""``lifekit.stopping()`` is the `Stopping` of the lifespan that this code runs in.
+
+In a request it is that of the lifespan which serves it, in a worker it is the worker's, which is set
+when that is to end. ``Depends(lifekit.stopping)`` is the same for a route. It raises `NotOpenError` where
+no lifespan runs.
+"""
 
 
 async def _of_request(connection: HTTPConnection) -> Stopping:
