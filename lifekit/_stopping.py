@@ -121,9 +121,11 @@ class StoppingOf:
 stopping: StoppingOf = StoppingOf()
 """``lifekit.stopping()`` is the `Stopping` of the lifespan that this code runs in.
 
-In a request it is that of the lifespan which serves it, in a worker it is the worker's, which is set
-when that is to end. ``Depends(lifekit.stopping)`` is the same for a route. It raises `NotOpenError` where
-no lifespan runs.
+In a request it is that of the lifespan which serves it. In a worker it is the worker's, which is set
+when that is to end. ``Depends(lifekit.stopping)`` is the same for a route.
+
+Raises:
+    NotOpenError: No lifespan runs.
 """
 
 
