@@ -224,7 +224,7 @@ class Lifespan(Mapping[str, Any]):
         if self._root is self:
             self._served = is_served(entering)
             if registry.signals:
-                listen(self, self._notice)
+                listen(self, self._notice, registry.drain_delay)
         current.set((self, *current.get()))
         self._publish()
         engine.start()

@@ -96,6 +96,8 @@ class Registry(Workers):
         on_event: Called with each `Event`, beside the logging of the logger ``lifekit``.
         on_crash: What follows where a task group of an open resource dies: ``"stop"`` the application,
             only make it ``"unready"``, or ``"ignore"``.
+        drain_delay: Seconds for which health is not ready and the server has not heard of SIGTERM yet,
+            for load balancers: under uvicorn, gunicorn, and Hypercorn with workers.
         signals: Hear SIGTERM and SIGINT before the server acts on them, for `stopping`.
     """
 
@@ -108,9 +110,11 @@ class Registry(Workers):
         grace: float = 25.0,
         on_event: Callable[[Event], object] | None = None,
         on_crash: OnCrash = "stop",
+        drain_delay: float = 0.0,
         signals: bool = True,
     ) -> None:
         timeouts = {"start_timeout": start_timeout, "close_timeout": close_timeout, "grace": grace}
+        timeouts["drain_delay"] = drain_delay
         for option, value in timeouts.items():
             refuse_unless(is_seconds(value), option, value, SECONDS)
         refuse_unless(on_crash in CRASHES, "on_crash", on_crash, one_of(CRASHES))
@@ -123,6 +127,7 @@ class Registry(Workers):
         self.grace = grace
         self.on_event = on_event
         self.on_crash: OnCrash = on_crash
+        self.drain_delay = drain_delay
         self.signals = signals
         self.key: str = f"lifekit.{name}.{id(self):x}"
         self.running: dict[object, tuple[Lifespan, ...]] = {}

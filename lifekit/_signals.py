@@ -20,19 +20,57 @@ from ._interrupts import SIGNALS, getsignal, set_handler, still_wanted
 Handler = Callable[[int, FrameType | None], Any]
 
 _listeners: dict[object, Callable[[], None]] = {}
+_delays: dict[object, float] = {}
 _chained: dict[int, tuple[Handler, Handler]] = {}
 _event: Any = None
 
 
-def listen(listener: object, told: Callable[[], None]) -> None:
+class _Delay:
+    """For how long SIGTERM is held before the server hears of it, as long as somebody listens."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.is_over = False
+        self._timer: threading.Timer | None = None
+
+    def holds(self) -> bool:
+        """Return whether the server is not to hear of the stop yet; at first, begin."""
+        seconds = max(_delays.values(), default=0.0)
+        if not seconds or self.is_over:
+            return False
+        if self._timer is None:
+            # In a thread, for it is the same in every loop; it does nothing but send the signal again.
+            self._timer = threading.Timer(seconds, self._end)
+            self._timer.daemon = True
+            self._timer.start()
+        return True
+
+    def _end(self) -> None:
+        self.is_over = True
+        for _ in range(self.held):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def cancel(self) -> None:
+        """Let go of a signal that nobody is to hear any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+_delay = _Delay()
+
+
+def listen(listener: object, told: Callable[[], None], delay: float = 0.0) -> None:
     """Call *told* at SIGTERM and SIGINT, amid anything, until *listener* is forgotten.
 
+    Where the server has a handler of SIGTERM, or is Hypercorn with workers, it hears of that *delay*
+    seconds later. SIGINT is not delayed, nor what a server's event loop hears by its wakeup fd.
     Where no handler is there none is added, and in another thread than the main one none runs.
     """
-    global _event
+    global _event, _delay
     if threading.get_ident() != threading.main_thread().ident:
         return
     if not _listeners:
+        _delay = _Delay()
         for number in SIGNALS:
             found = getsignal(number)
             if callable(found):
@@ -41,14 +79,16 @@ def listen(listener: object, told: Callable[[], None]) -> None:
         if (event := _event_of_hypercorn()) is not None and "is_set" not in vars(event):
             _event = event
             event.is_set = _asked_in_front_of(event.is_set)
-    _listeners[listener] = told
+    _listeners[listener], _delays[listener] = told, delay
 
 
 def forget(listener: object) -> None:
     """Put back what was found, but for what was changed since, when nobody listens any more."""
     global _event
+    _delays.pop(listener, None)
     if _listeners.pop(listener, None) is None or _listeners:
         return
+    _delay.cancel()
     for number, (ours, found) in _chained.items():
         if getsignal(number) is ours:
             set_handler(number, still_wanted(found))
@@ -69,6 +109,9 @@ def _in_front_of(found: Any) -> Handler:
     def handle(number: int, frame: FrameType | None) -> object:
         if os.getpid() == process:  # a fork inherits it
             _tell()
+            if number == signal.SIGTERM and _delay.holds():
+                _delay.held += 1  # all that come meanwhile are passed on
+                return None
         return found(number, frame)
 
     if hasattr(found, "__self__"):  # by which sse-starlette finds uvicorn's server
@@ -80,7 +123,7 @@ def _asked_in_front_of(is_set: Callable[[], bool]) -> Callable[[], bool]:
     def asked() -> bool:
         if found := is_set():
             _tell()
-        return found
+        return found and not _delay.holds()
 
     return asked
 

@@ -47,6 +47,25 @@ def test_a_crash_stops_the_server_in_order_and_is_told(fleet: Fleet) -> None:
 
 
 @pytest.mark.long
+def test_a_delayed_stop_is_unready_and_serves_on_until_the_server_hears_of_it(fleet: Fleet) -> None:
+    """A second SIGTERM, as a parent or a process group sends it, does not end the delay."""
+    processes = fleet([name for name in FOUR if name != "granian"], "working:app", DELAY="15")
+    for process in processes:
+        connection = process.connect()
+        process.terminate()
+        process.noted("noticed")
+        connection.request("GET", "/health/readyz")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (503, b'{"ready": false, "live": true}')
+        process.terminate()
+        connection.request("GET", "/")
+        assert connection.getresponse().read() == b"here"
+    for process in processes:
+        process.ended()
+        assert process.notes[-2:] == ["Closed ledger", "Stopped"]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(SERVERS))
 def test_every_server_is_heard_first_where_it_hears_at_all(fleet: Fleet, name: str) -> None:
     (process,) = fleet([name], "working:app")

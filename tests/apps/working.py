@@ -19,7 +19,12 @@ from lifekit import Registry, asgi
 
 from .notes import note, note_event, told
 
-registry = Registry(on_event=note_event, close_timeout=60, grace=120)
+registry = Registry(
+    on_event=note_event,
+    close_timeout=60,
+    grace=120,
+    drain_delay=float(os.environ.get("DELAY", "0")),
+)
 
 
 @registry.resource
