@@ -73,10 +73,10 @@ class Checks:
     def known(self) -> Health:
         """Return how it is as far as that is known, without a new check."""
         lifespan = self._lifespan
-        engine = lifespan.engine
+        engine = lifespan._engine  # pyright: ignore[reportPrivateUsage]
         is_open = engine is not None and engine.ready.is_set() and not engine.stopping
         found = dict(self._last[1]) if self._last is not None else {}
-        for name, node in _nodes(lifespan.layers()).items():
+        for name, node in _nodes(lifespan._layers()).items():  # pyright: ignore[reportPrivateUsage]
             if (state := _without_check(node)) is not None:
                 found[name] = state
         checked = not any(
@@ -86,14 +86,14 @@ class Checks:
         return Health(ready, engine is not None and not engine.finished.is_set(), found)
 
     def _workers(self) -> set[str]:
-        return {worker.name for layer in self._lifespan.layers() for worker in layer.crew}
+        return {worker.name for layer in self._lifespan._layers() for worker in layer.crew}  # pyright: ignore[reportPrivateUsage]
 
     async def _check_all(self) -> None:
         self._under_way = anyio.Event()
         found: dict[str, ResourceHealth] = {}
         try:
             async with create_task_group() as tasks:
-                for name, node in _nodes(self._lifespan.layers()).items():
+                for name, node in _nodes(self._lifespan._layers()).items():  # pyright: ignore[reportPrivateUsage]
                     found[name] = _without_check(node) or ResourceHealth("ok")
                     if node is not None and found[name].state == "ok" and node.worker is None:
                         tasks.start_soon(_check, name, node, found)

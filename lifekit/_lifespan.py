@@ -96,7 +96,7 @@ class Lifespan(Mapping[str, Any]):
         self._base = self._plan = plan
         self._names = {resource.name: resource for resource in plan.resources}
         self._registries = {registry, *(resource.registry for resource in plan.resources)}
-        self.engine: Engine | None = None
+        self._engine: Engine | None = None
         self.works: bool = True  # its workers begin, when all is open or when a block begins
         self._rests: Some = {}  # what an override made to rest, by the layer that owns it
         self._left = False
@@ -193,7 +193,7 @@ class Lifespan(Mapping[str, Any]):
             StartupError: Something failed to open; what had opened is closed again.
             LifekitError: It has run before, or its event loop ended while it started.
         """
-        if self.engine is not None:
+        if self._engine is not None:
             raise LifekitError(f"the lifespan made at {self.location} has run: make another one")
         from ._engine import Engine  # here, so that `import lifekit` costs an import of little
 
@@ -201,7 +201,7 @@ class Lifespan(Mapping[str, Any]):
         if self._root is self:
             self._read_context()
         self.live = self._own
-        self.engine = engine = Engine(
+        self._engine = engine = Engine(
             registry.name,
             self._plan,
             self._own,
@@ -258,16 +258,16 @@ class Lifespan(Mapping[str, Any]):
             WrongLoopError: It runs in another event loop, and goes on.
             LifekitError: It was not entered.
         """
-        if self.engine is None:
+        if self._engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
-        if self.engine.finished.is_set() and self._left:
+        if self._engine.finished.is_set() and self._left:
             return None
         self._left = True
         if isinstance(error, GeneratorExit):  # this coroutine is closed, and can't wait any more
             try:
-                self.engine.stop()
+                self._engine.stop()
             except RuntimeError:  # the loop is closed as well
-                self.engine.lose()
+                self._engine.lose()
             return None
         self._refuse_another_loop(self.registry.name)
         came = error
@@ -277,8 +277,8 @@ class Lifespan(Mapping[str, Any]):
             if self.patches:
                 await self.undo(self.patches[0])
         finally:
-            self.engine.stop()
-            await self._after(self.engine, came if not isinstance(came, Exception) else None)
+            self._engine.stop()
+            await self._after(self._engine, came if not isinstance(came, Exception) else None)
         if came is not error:
             if came is not None:
                 raise came
@@ -339,18 +339,18 @@ class Lifespan(Mapping[str, Any]):
             LifekitError: It was not entered.
         """
         root = self._root
-        if root.engine is None:
+        if root._engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
         if running_loop() is not root.loop:
             root._soon(lambda: root.stop(reason))
             return
-        if root._stop_asked or root._left or root.engine.stopping:
+        if root._stop_asked or root._left or root._engine.stopping:
             return
         root._stop_asked = True
         events.logger.warning(f"{self.registry.name} is asked to stop: {reason or 'no reason given'}")
         root.stopping.set()
-        if not root.engine.ready.is_set():
-            root.engine.stop()
+        if not root._engine.ready.is_set():
+            root._engine.stop()
         elif not (root._served and stop_server()) and root._body is not None:
             root._body.cancel()
 
@@ -411,9 +411,9 @@ class Lifespan(Mapping[str, Any]):
         """
         await cast("Awaitable[object]", worker.factory(*[self[need] for need in worker.needs]))
 
-    def layers(self) -> list[Engine]:
+    def _layers(self) -> list[Engine]:
         """Return its run, and those of its overrides, the innermost last."""
-        found = (each.engine for each in (self, *self.patches))
+        found = (each._engine for each in (self, *self.patches))
         return [engine for engine in found if engine is not None]
 
     def _may_work(self) -> bool:
@@ -422,8 +422,8 @@ class Lifespan(Mapping[str, Any]):
 
     def sandboxes(self) -> list[tuple[str, Sandbox]]:
         """Return the names and sandboxes of the values that it opened, what others need first."""
-        if self._sandboxes is None and self.engine is not None:
-            self._sandboxes = self.engine.sandboxes()
+        if self._sandboxes is None and self._engine is not None:
+            self._sandboxes = self._engine.sandboxes()
         return self._sandboxes or []
 
     @overload
@@ -465,7 +465,7 @@ class Lifespan(Mapping[str, Any]):
     @asynccontextmanager
     async def _patch(self, override: Override) -> AsyncGenerator[Lifespan]:
         root = self._root
-        if root.engine is None or root.engine.stopping or not root.engine.ready.is_set():
+        if root._engine is None or root._engine.stopping or not root._engine.ready.is_set():
             raise OverrideError(
                 f"{override.location}: the lifespan made at {root.location} does not run. Enter it "
                 "first; registry.override(…) is for lifespans that are opened later."
@@ -480,7 +480,7 @@ class Lifespan(Mapping[str, Any]):
         patched._own.update(given({override.resource: override}))
         from ._resting import acting_in, suspend  # here, for production never needs it
 
-        patched._rests = acting_in(root.layers(), rebuilt)
+        patched._rests = acting_in(root._layers(), rebuilt)
         try:
             if (interrupt := await suspend(patched._rests)) is not None:
                 raise interrupt
@@ -540,7 +540,7 @@ class Lifespan(Mapping[str, Any]):
         if rests:
             from ._resting import resume
 
-            await resume(rests, self.layers())
+            await resume(rests, self._layers())
 
     def _read_context(self) -> None:
         self.works = workers_wanted.get()
@@ -588,6 +588,6 @@ class Lifespan(Mapping[str, Any]):
         return self._started_engine().stop_timeline()
 
     def _started_engine(self) -> Engine:
-        if self.engine is None:
+        if self._engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
-        return self.engine
+        return self._engine

@@ -84,8 +84,8 @@ def why_not_open(lifespan: Lifespan, resource: Resource[Any]) -> str:
             f"{resource.registry.name!r}, and this is a lifespan of {lifespan.registry.name!r}. "
             "Include that registry, or open a lifespan of it."
         )
-    state = "not entered yet" if lifespan.engine is None else "closing or closed"
-    if lifespan.engine is not None and not lifespan.engine.stopping:
+    state = "not entered yet" if lifespan._engine is None else "closing or closed"  # pyright: ignore[reportPrivateUsage]
+    if lifespan._engine is not None and not lifespan._engine.stopping:  # pyright: ignore[reportPrivateUsage]
         state = "still starting"
     return (
         f"{resource.name} ({resource.location}) is not open: its lifespan, made at "

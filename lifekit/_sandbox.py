@@ -230,7 +230,7 @@ class Block:
             )
 
     async def _begin_work(self) -> None:
-        layers = self.lifespan.layers()
+        layers = self.lifespan._layers()  # pyright: ignore[reportPrivateUsage]
         if any(layer.crew for layer in layers):
             from ._resting import crew_of, resume  # here, for production never needs it
 
@@ -238,7 +238,7 @@ class Block:
 
     async def _end_work(self) -> list[Exception]:
         """End the workers; return what crashed, and what did not end."""
-        layers, failures = self.lifespan.layers(), list[Exception]()
+        layers, failures = self.lifespan._layers(), list[Exception]()  # pyright: ignore[reportPrivateUsage]
         if any(layer.crew for layer in layers):
             from ._resting import crew_of, suspend
 

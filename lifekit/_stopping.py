@@ -98,9 +98,9 @@ of_worker: ContextVar[tuple[Lifespan, Stopping] | None] = ContextVar("lifekit.st
 class StoppingOf:
     """What `lifekit.stopping` is: a function, and a dependency that costs no thread."""
 
-    __name__ = "stopping"
+    __name__: ClassVar[str] = "stopping"
     __signature__: ClassVar[RequestSignature] = RequestSignature()
-    __wrapped__ = staticmethod(is_async)
+    __wrapped__: ClassVar[Any] = staticmethod(is_async)
 
     @overload
     def __call__(self) -> Stopping: ...

@@ -36,7 +36,7 @@ INNER = {
     *("lifekit.Registry.plan", "lifekit.Resource.factory", "lifekit.Resource.needs"),
     *("lifekit.Resource.after", "lifekit.Resource.options", "lifekit.Resource.registry"),
     *("lifekit.Lifespan.declares", "lifekit.Lifespan.sandboxes", "lifekit.Lifespan.undo"),
-    *("lifekit.Registry.place", "lifekit.Registry.add", "lifekit.Lifespan.layers"),
+    *("lifekit.Registry.place", "lifekit.Registry.add"),
     *("lifekit.Lifespan.checks", "lifekit.Lifespan.crashed", "lifekit.Stopping.mark"),
     *("lifekit.Stopping.set", "lifekit.CrashError.derive"),
     *(f"lifekit.Worker.{name}" for name in ("factory", "needs", "after", "options", "registry")),
