@@ -185,6 +185,20 @@ async def test_sandboxed_workers_run_in_blocks_only_each_anew(shop: Shop) -> Non
     assert shop.log.count("beside begins") == shop.log.count("beside ends") == 4
 
 
+async def test_a_block_in_a_block_has_a_run_of_its_own_and_the_outer_one_begins_anew(
+    shop: Shop,
+) -> None:
+    with testing.sandboxing():
+        async with shop.registry.lifespan() as lifespan, lifespan.sandbox():
+            assert await shop.pays(lifespan, "Ann") == "real Ann"
+            async with lifespan.sandbox(workers=False):
+                assert await shop.pays(lifespan, "Bea") == ""
+            assert await shop.pays(lifespan, "Cem") == "real Bea,real Cem"
+            async with lifespan.sandbox():
+                assert await shop.pays(lifespan, "Dan") == "real Dan"
+    assert shop.log.count("beside begins") == shop.log.count("beside ends") == 4
+
+
 async def test_a_crash_in_a_block_is_told_at_its_end_and_ends_no_application() -> None:
     registry = Registry("shop")
 
