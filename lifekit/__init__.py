@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import events as events
     from . import testing as testing
     from ._errors import (
+        CrashError,
         DeadlineError,
         DeclarationError,
         LifekitError,
@@ -23,15 +24,20 @@ if TYPE_CHECKING:
         StartupError,
         WrongLoopError,
     )
+    from ._health import Health
     from ._lifespan import Lifespan
     from ._registry import Registry
     from ._resource import Resource
+    from ._stopping import Stopping, stopping
+    from ._worker import Worker
     from .drivers import Driver
 
 __all__ = [
+    "CrashError",
     "DeadlineError",
     "DeclarationError",
     "Driver",
+    "Health",
     "LifekitError",
     "Lifespan",
     "NotOpenError",
@@ -44,15 +50,22 @@ __all__ = [
     "SandboxUnsupportedError",
     "ShutdownError",
     "StartupError",
+    "Stopping",
+    "Worker",
     "WrongLoopError",
+    "stopping",
 ]
 
 _PARTS = {"asgi", "drivers", "embedded", "events", "testing"}
 _HOMES = {
     "Driver": "drivers",
+    "Health": "_health",
     "Lifespan": "_lifespan",
     "Registry": "_registry",
     "Resource": "_resource",
+    "Stopping": "_stopping",
+    "Worker": "_worker",
+    "stopping": "_stopping",
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +31,31 @@ def clock() -> Callable[[], float]:
     from trio import current_time
 
     return current_time
+
+
+def call_soon() -> Callable[[Callable[[], object]], object]:
+    """Return what has a function called in the loop that runs here, from anywhere."""
+    loop = asyncio._get_running_loop()
+    if loop is not None:
+        return loop.call_soon_threadsafe
+    from trio.lowlevel import current_trio_token
+
+    return current_trio_token().run_sync_soon
+
+
+def contexts_of_tasks() -> Iterator[tuple[object, Context]]:
+    """Yield the tasks of the loop that runs here, each with its context."""
+    if asyncio._get_running_loop() is not None:
+        for task in asyncio.all_tasks():  # of Python 3.11 a task does not tell its context
+            yield from ((task, each) for each in gc.get_referents(task) if type(each) is Context)
+        return
+    from trio import lowlevel
+
+    left = [lowlevel.current_root_task()]
+    while left:
+        if (each := left.pop()) is not None:
+            yield each, each.context
+            left += [child for nursery in each.child_nurseries for child in nursery.child_tasks]
 
 
 def spawn(
@@ -127,6 +153,11 @@ def shelter() -> Callable[[], None]:
             _shelters.pop(loop).end()
 
     return leave
+
+
+def is_by_deadline(error: BaseException) -> bool:
+    """Return whether a cancellation says that the time of a scope is up, as AnyIO's and trio's do."""
+    return getattr(error, "source", "") == "deadline" or "deadline exceeded" in str(error)
 
 
 def uncancel(task: object) -> None:

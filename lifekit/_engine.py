@@ -9,36 +9,37 @@ no await.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from contextvars import Context, copy_context
+from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 from anyio import CancelScope, get_cancelled_exc_class
 
 from . import drivers, events
 from ._backend import conceal, reveal, shelter, sheltered, spawn
-from ._closing import Call, Live, reached_in, settle
-from ._deadlines import BLOCKED, WORTH_SAYING, Deadlines
-from ._errors import DeadlineError, LifekitError, Phase, is_a
+from ._closing import Call, Live, settle
+from ._deadlines import Deadlines
+from ._errors import LifekitError, Phase, is_a
 from ._graph import Plan
 from ._interrupts import hold, let_go
 from ._life import LAST_CALL, Life
-from ._node import RUNNING, Node, State, Variables
+from ._node import RUNNING, Node, State, Variables, belongs_to
 from ._resource import Resource
-from ._stack import suspended_frames, waiting_at
 from ._stand_in import redact_error
-from ._timeline import Timeline, timeline
+from ._stopping import Stopping, of_worker
+from ._telling import Teller
+from ._view import View
+from ._worker import OnCrash, Worker
+from ._working import Working
 
 if TYPE_CHECKING:
     from ._lifespan import Lifespan
     from ._sandbox import Block
 
-T = TypeVar("T")
-NOWHERE: tuple[str, ...] = ()
 
 OVERDUE = 5.0
 """Seconds after the grace of a shutdown from which on a signal's handler may interrupt what closes."""
@@ -47,11 +48,14 @@ Failure = tuple[str, str, Exception]
 """A resource's name, its code line, what it failed with."""
 
 
-class Engine:
+class Engine(View):
     """One run of a plan: the tasks that own its values."""
 
     task: object
     base: Context  # that of the owner, on which those of the resources stand
+    _changes: list[Callable[[], None]]  # asked for, and not made yet
+    _resting: list[tuple[list[Node], anyio.Event]]
+    _resumed: list[anyio.Event]
 
     def __init__(
         self,
@@ -66,28 +70,24 @@ class Engine:
         variables: Variables,
         gateway: drivers.Gateway | None,
         block: Callable[[], Block | None],
+        workers: bool,
+        on_crash: OnCrash,
+        crashes: list[Failure],
         on_event: Callable[[events.Event], object] | None,
         on_finished: Callable[[], None],
     ) -> None:
         """Prepare a run; *values* may already hold some, which this run uses and leaves alone.
 
-        *variables* are context variables to set for all factories.
+        *variables* are set for all factories; *workers* begin when all is open, or later.
         """
         self.name, self.plan, self.values, self._lifespan = name, plan, values, lifespan
         self._given = variables
         self.gateway, self.block = gateway, block
         self.start_timeout, self.close_timeout, self.grace = start_timeout, close_timeout, grace
-        resources = plan.resources
-        self.nodes = [
-            Node(
-                resource,
-                plan.declarations[index],
-                index,
-                sum(resources[at] not in values for at in parents),
-            )
-            for index, (resource, parents) in enumerate(zip(resources, plan.parents, strict=True))
-        ]
+        self.nodes = [self._new_node(index) for index in range(len(plan.resources))]
         self.own = [node for node in self.nodes if node.resource not in values]
+        self.crew = {node.resource for node in self.own if node.worker is not None}
+        values.update((node.resource, node.worker) for node in self.own if node.worker is not None)
         self.ready = anyio.Event()  # all is open, or all has ended again
         # AnyIO looks for its backend whenever one of these is made.
         self.event, self.scope = type(self.ready), type(CancelScope())
@@ -100,19 +100,28 @@ class Engine:
         self.interrupts: list[BaseException] = []  # what must be delivered as it is
         self.held_back: list[BaseException] = []  # likewise, once all is closed
         self.began = self.stop_began = 0.0
-        self._on_event, self._on_finished = on_event, on_finished
-        self._heard = on_event is not None or events.logger.isEnabledFor(logging.INFO)
-        self._heard &= bool(self.own) or not values  # else all is open already
+        self._on_finished = on_finished
+        self.on_crash, self.crashes = on_crash, crashes
+        self._due = set(self.crew if workers else ())  # which begin when all is open
+        self._changes, self._resting, self._resumed = [], [], []
         self._stop_asked = False
-        self._unopened, self._running = len(self.own), 0
+        self._unopened, self._running = sum(node.worker is None for node in self.own), 0
         self._tasks: list[object] = []  # asyncio itself does not keep them
         self._reports: list[tuple[Node, Callable[[Node, Any], None], object]] = []
         self._told_of = 0
         self._bell = self.event()
         self.time = Deadlines(self.nodes, self._ring, self._blocked)
         self.now = self.time.now
-        self._lost_before_stop = 0.0
+        self._teller = Teller(name, lifespan, on_event, self.time, self.interrupt)
+        self._teller.heard &= bool(self.own) or not plan.resources  # else all is open already
+        self._tell = self._teller.tell
+        self.lost_before_stop = 0.0
         self._leave_shelter: Callable[[], None] = lambda: None
+
+    def _new_node(self, index: int) -> Node:
+        resources = self.plan.resources
+        pending = sum(resources[at] not in self.values for at in self.plan.parents[index])
+        return Node(resources[index], self.plan.declarations[index], index, pending)
 
     def start(self) -> None:
         """Spawn the owner."""
@@ -133,14 +142,11 @@ class Engine:
 
     def lose(self) -> None:
         """Say what can't be closed any more: the loop was closed, and did not ask before."""
-        left = self._left()
+        left = self.left()
         if not self.finished.is_set() and left:
             told = f"the event loop was closed under the open lifespan of {self.name}"
             events.logger.error(f"{told}: never closed: {left}")
         self._finish()
-
-    def _left(self) -> str:
-        return ", ".join(node.resource.name for node in self.own if node.state in RUNNING)
 
     def _finish(self) -> None:
         if not self.finished.is_set():
@@ -148,69 +154,9 @@ class Engine:
             self.ready.set()
             self.finished.set()
 
-    def start_timeline(self) -> Timeline:
-        """Return how the start went."""
-        times = [(node.open_began, node.opened_at) for node in self.nodes]
-        return timeline(f"start of {self.name}", self._names, times, self.plan.parents, self.began)
-
-    def stop_timeline(self) -> Timeline:
-        """Return how the stop went."""
-        times = [(node.close_began, node.closed_at) for node in self.nodes]
-        # What failed to open was closed before the stop that it caused.
-        began = min([self.stop_began, *(begin for begin, _ in times if begin is not None)])
-        title = f"stop of {self.name}"
-        return timeline(title, self._names, times, self.plan.children, began, last_first=True)
-
-    def opened(self) -> list[str]:
-        """Return the names of what had opened."""
-        return [node.resource.name for node in self.own if node.asked]
-
-    def not_begun(self) -> list[str]:
-        """Return the names of what never began to open."""
-        return [node.resource.name for node in self.own if node.state is State.WAITING]
-
-    def sandboxes(self) -> list[tuple[str, drivers.Sandbox]]:
-        """Return the names and sandboxes of the open values that have one, what others need first."""
-        return [
-            (node.resource.name, node.live.sandbox)
-            for node in sorted(self.own, key=lambda node: node.opened_at or inf)
-            if node.state is State.OPEN and node.live is not None and node.live.sandbox is not None
-        ]
-
-    @property
-    def _names(self) -> list[str]:
-        return [resource.name for resource in self.plan.resources]
-
-    @property
-    def variables(self) -> Variables:
-        """What factories set in their contexts, of those that set the same the last declared."""
-        return tuple(each for node in self.own for each in node.variables)
-
-    def _emit(self, kind: Callable[..., events.Event], *told: object) -> None:
-        # Whatever a listener or a logging handler raises, the run goes on.
-        try:
-            event = kind(self.name, *told, lifespan=self._lifespan)
-            events.log(event)
-            if self._on_event is not None:
-                began = self.now()
-                self._on_event(event)
-                self._blocked_by_listener(self.now() - began)
-        except Exception as error:
-            line = f"on_event of {self.name} failed at {kind.__name__}"
-            with suppress(Exception):
-                events.logger.error(line, exc_info=redact_error(error))
-        except BaseException as error:
-            self.interrupt(error)
-
-    def _blocked_by_listener(self, seconds: float) -> None:
-        if seconds >= BLOCKED:
-            self.time.lost += seconds
-        if seconds >= WORTH_SAYING:
-            events.logger.warning(f"on_event of {self.name} blocked the event loop for {seconds:.2f} s")
-
     def _blocked(self, node: Node, seconds: float) -> None:
-        stands = self._if_known(NOWHERE, _stands_at, node) or (node.declaration.location,)
-        self._emit(events.Blocked, node.resource.name, node.phase, seconds, stands[0])
+        stands = self.stands_at(node) or (node.declaration.location,)
+        self._tell(events.Blocked, node.resource.name, node.phase, seconds, stands[0])
 
     # -- the owner ------------------------------------------------------------------------------
 
@@ -221,15 +167,15 @@ class Engine:
                 self.base.run(variable.set, value)
             self.began = self.now()
             for node in self.own:
-                if node.pending == 0:
+                if node.pending == 0 and node.worker is None:
                     self._begin(node)
-            if not self.own:
+            if not self._unopened:
                 self._all_open()
             while not (self.stopping and self._running == 0):
                 await self._sleep()
                 self._turn()
-            if self._heard:
-                self._emit(events.Stopped, self.stop_timeline())
+            if self._teller.heard:
+                self._tell(events.Stopped, self.stop_timeline())
         except GeneratorExit:
             self.lose()
             raise
@@ -238,6 +184,8 @@ class Engine:
             self._leave_shelter()
             self.interrupts += self.held_back
             self._finish()
+            for resumed in self._resumed:
+                resumed.set()
 
     def _never_ran(self) -> None:
         self.stopping = True
@@ -271,6 +219,9 @@ class Engine:
         for node, happened, what in sorted(reports, key=lambda report: report[0].index):
             if node.state is not State.ENDED:
                 self._carry_out(happened, node, what)
+        changes, self._changes = self._changes, []
+        for change in changes:
+            self._carry_out(change)
         for node in overdue:
             self._carry_out(self._overdue, node)
         if self._stop_asked and not self.stopping:
@@ -290,7 +241,7 @@ class Engine:
     def _hold_back(self, error: BaseException) -> bool:
         # Called by a signal handler, amid anything. Where the end is long overdue something blocks the
         # loop, and whoever presses Ctrl-C means that.
-        lost = self.time.lost - self._lost_before_stop
+        lost = self.time.lost - self.lost_before_stop
         if self.now() > self.stop_began + self.grace + lost + OVERDUE:
             return False
         self.held_back.append(error)
@@ -301,16 +252,16 @@ class Engine:
         with suppress(Exception):
             events.logger.warning(
                 f"{type(self.held_back[-1]).__name__} waits until {self.name} is closed, which takes "
-                f"{self.grace:.3g} s at most: {self._left()} left"
+                f"{self.grace:.3g} s at most: {self.left()} left"
             )
 
     def _begin(self, node: Node) -> None:
         node.state = State.OPENING
         node.open_began = self.now()
         self._running += 1
-        if self._heard:
-            self._emit(events.Opening, node.resource.name)
-        self.time.arm(node, self._start_seconds(node))
+        if self._teller.heard:
+            self._tell(events.Opening, node.resource.name)
+        self.time.arm(node, self.start_seconds(node))
         node.scope, node.closing_scope = self.scope(shield=True), self.scope()
         name = f"lifekit {self.name}.{node.resource.name}"
         life, context = Life(self, node).run(), self._context_for(node)
@@ -327,7 +278,9 @@ class Engine:
             node.context = self.base.copy()
             for variable, value in node.inherited.items():
                 node.context.run(variable.set, value)
-        return node.context.copy()
+        context = node.context.copy()
+        context.run(belongs_to.set, node)
+        return context
 
     def has_opened(self, node: Node, live: Live) -> None:
         """Show its value, and begin what waited for it."""
@@ -337,9 +290,9 @@ class Engine:
             del node.task, node.coroutine, node.scope, node.closing_scope
         # The one place where a value becomes visible, before anything that needs it begins.
         self.values[node.resource] = live.value
-        if self._heard:
+        if self._teller.heard:
             seconds = _between(node.open_began, node.opened_at)
-            self._emit(events.Opened, node.resource.name, seconds, live.describe())
+            self._tell(events.Opened, node.resource.name, seconds, live.describe())
         self._unopened -= 1
         for index in self.plan.children[node.index]:
             child = self.nodes[index]
@@ -350,18 +303,115 @@ class Engine:
             self._all_open()
 
     def _all_open(self) -> None:
-        self.time.clear()
-        if self._heard:
-            self._emit(events.Started, self.start_timeline())
-        self.ready.set()
+        if not self.ready.is_set():
+            self.time.clear()
+            if self._teller.heard:
+                self._tell(events.Started, self.start_timeline())
+            self.ready.set()
+        for node in self.own:
+            if node.resource in self._due:
+                self._begin_to_work(node)
+        self._due.clear()
+        while self._resumed:
+            self._resumed.pop().set()
+
+    # -- workers, and what rests for a time -----------------------------------------------------
+
+    def suspend(self, resources: Collection[Resource[Any]]) -> anyio.Event:
+        """End these, which nothing else that is open needs, and set what is returned then."""
+        rested = self.event()
+        self._change(partial(self._suspend, resources, rested))
+        return rested
+
+    def resume(self, resources: Collection[Resource[Any]]) -> anyio.Event:
+        """Open or begin these anew, and set what is returned when that is done, or the run is over."""
+        resumed = self.event()
+        self._change(partial(self._resume, resources, resumed))
+        return resumed
+
+    def _change(self, change: Callable[[], None]) -> None:
+        if self.finished.is_set():
+            change()
+        self._changes.append(change)
+        self._bell.set()
+
+    def _suspend(self, resources: Collection[Resource[Any]], rested: anyio.Event) -> None:
+        nodes = [node for node in self.own if node.resource in resources and node.state in RUNNING]
+        self._resting.append((nodes, rested))
+        for node in nodes:
+            node.rests = True
+            children = {self.nodes[index] for index in self.plan.children[node.index]}
+            node.pending = sum(child in children for child in nodes)
+        for node in reversed(nodes):
+            if node.pending == 0 and node.state is State.OPEN:
+                self._ask_to_close(node)
+        self._note_rested()
+
+    def _note_rested(self) -> None:
+        for nodes, rested in self._resting:
+            if not any(node.state in RUNNING for node in nodes):
+                rested.set()
+        self._resting = [each for each in self._resting if not each[1].is_set()]
+
+    def _resume(self, resources: Collection[Resource[Any]], resumed: anyio.Event) -> None:
+        if self._stop_asked or self.finished.is_set():
+            resumed.set()
+            return
+        self._resumed.append(resumed)
+        anew: list[Node] = []
+        for at, node in enumerate(self.own):
+            if node.resource in resources and node.state in (State.ENDED, State.WAITING):
+                self.own[at] = self.nodes[node.index] = self._new_node(node.index)
+                anew.append(self.own[at])
+        for node in anew:
+            if node.worker is not None:
+                self.values[node.resource] = node.worker
+                self._due.add(node.resource)
+            else:
+                self._unopened += 1
+                if node.pending == 0:
+                    self._begin(node)
+        if self._unopened == 0:
+            self._all_open()
+
+    def _begin_to_work(self, node: Node) -> None:
+        node.state, node.phase = State.OPEN, "run"
+        node.notice = Stopping(self._lifespan.stopping)
+        node.wake = self.event()
+        self._running += 1
+        self._tell(events.WorkerStarted, node.resource.name)
+        node.scope, node.closing_scope = self.scope(shield=True), self.scope()
+        context = self._context_for(node)
+        context.run(of_worker.set, (self._lifespan, node.notice))
+        name = f"lifekit {self.name}.{node.resource.name}"
+        node.task = spawn(
+            Working(self, node).run(), name, lambda: self.report(node, self.ended, None), context
+        )
+
+    def failed(self, node: Node, failure: tuple[BaseException, float | None]) -> None:
+        """Tell of a run of a worker that failed, and when it is run again: None is never."""
+        if not self._stop_asked:
+            self._tell(events.WorkerFailed, node.resource.name, *failure)
+
+    def crashed(self, node: Node, error: BaseException | None) -> None:
+        """Tell of what died while it was to be open, and do what its declaration says."""
+        if self._stop_asked or node.rests:  # it was told to end
+            node.crashed = False
+            return
+        node.crashed = True
+        on_crash = self.crash_rule(node)
+        self._tell(events.Crashed, node.resource.name, error, on_crash)
+        if error is not None and on_crash == "stop":
+            self._record(self.crashes, node, error)
+        self._lifespan.crashed(node.resource.name, on_crash)
 
     def open_failed(self, node: Node, error: BaseException | None) -> None:
         """Record why it did not open, None where it was cancelled for another's sake."""
         node.state = State.CLOSING
         name = node.resource.name
-        self._emit(events.OpenFailed, name, _between(node.open_began, node.opened_at), error)
+        self._tell(events.OpenFailed, name, _between(node.open_began, node.opened_at), error)
         if node.live is not None and node.live.is_open:
-            self._emit(events.Closing, name)
+            self._tell(events.Closing, name)
         if error is None:
             self.cut_off.append(name)
         else:
@@ -370,16 +420,17 @@ class Engine:
 
     def retrying(self, node: Node, failure: tuple[int, float, Exception]) -> None:
         """Tell that it is tried again."""
-        self._emit(events.Retrying, node.resource.name, *failure)
+        self._tell(events.Retrying, node.resource.name, *failure)
 
     def _begin_stop(self) -> None:
         self.stopping = True
         self.stop_began = self.now()
-        self._lost_before_stop = self.time.lost
+        self.lost_before_stop = self.time.lost
         hold(self, self._hold_back)
         self._leave_shelter = shelter()
-        if self._heard:
-            self._emit(events.Stopping)
+        self._lifespan.stopping.set()
+        if self._teller.heard:
+            self._tell(events.Stopping)
         for node in self.own:
             children = (self.nodes[index] for index in self.plan.children[node.index])
             node.pending = sum(child.state in RUNNING for child in children)
@@ -393,9 +444,12 @@ class Engine:
     def _ask_to_close(self, node: Node) -> None:
         node.state = State.CLOSING
         node.close_began = self.now()
+        if node.worker is not None:
+            self._ask_to_end(node)
+            return
         del self.values[node.resource]
-        if self._heard:
-            self._emit(events.Closing, node.resource.name)
+        if self._teller.heard:
+            self._tell(events.Closing, node.resource.name)
         self.time.arm(node, self.close_seconds(node))
         node.asked = True
         if node.live is not None and node.live.closes:
@@ -403,12 +457,34 @@ class Engine:
         else:
             self.report(node, self.ended, None)
 
+    def _ask_to_end(self, node: Node) -> None:
+        # A worker: first it may end by itself, then it is cancelled, then it is left behind.
+        assert isinstance(node.declaration, Worker)
+        node.asked, node.phase = True, "close"
+        if node.worker is not None:
+            node.worker.state = "stopping"
+        node.notice.set()
+        node.wake.set()
+        conceal(node.task)
+        node.drains = node.declaration.rules.drain > 0
+        if node.drains:
+            self.time.arm(node, min(node.declaration.rules.drain, self.close_seconds(node, inf)))
+        else:
+            self._cancel(node)
+
+    def _cancel(self, node: Node) -> None:
+        node.drains = False
+        self.time.arm(node, self.close_seconds(node))
+        node.closing_scope.cancel()
+
     def close_failed(self, node: Node, failure: tuple[Phase, BaseException]) -> None:
         """Record which phase of its closing failed, and how."""
         phase, error = failure
         node.clean = False
-        self._record(self.close_failures, node, error)
-        self._emit(events.CloseFailed, node.resource.name, phase, error)
+        # What a task group of a generator died of comes out where that is left.
+        cause = node.crashed and self.on_crash == "stop"
+        self._record(self.crashes if cause else self.close_failures, node, error)
+        self._tell(events.CloseFailed, node.resource.name, phase, error)
 
     def died(self, node: Node, error: BaseException) -> None:
         """Record what ended its task from outside of both."""
@@ -419,7 +495,7 @@ class Engine:
 
     def terminated(self, node: Node, _: None) -> None:
         """Tell that it is cut off."""
-        self._emit(events.Terminated, node.resource.name)
+        self._tell(events.Terminated, node.resource.name)
 
     def ended(self, node: Node, _: None) -> None:
         """Close what waited for its end."""
@@ -427,21 +503,30 @@ class Engine:
         node.alarm = inf
         node.closed_at = self.now()
         self._running -= 1
-        if self._heard and node.live is not None and node.live.is_open:
+        if self._teller.heard and node.live is not None and node.live.is_open:
             seconds = _between(node.close_began, node.closed_at)
-            self._emit(events.Closed, node.resource.name, seconds, node.clean)
+            self._tell(events.Closed, node.resource.name, seconds, node.clean)
+        if node.worker is not None:
+            if node.worker.state != "crashed":
+                node.worker.state = "ended"
+            self._tell(events.WorkerEnded, node.resource.name, node.worker.state)
+        elif node.crashed and self.on_crash == "stop" and node.clean:
+            self._record(self.crashes, node, LifekitError(_NO_WORD.format(name=node.resource.name)))
         if not node.left:  # else its task may still need it
             node.live = None
-        if self.stopping:  # else the count is made when the stop begins
-            for index in reversed(self.plan.parents[node.index]):
-                parent = self.nodes[index]
+        for index in reversed(self.plan.parents[node.index]):
+            parent = self.nodes[index]
+            if self.stopping or parent.rests:  # else the count is made when it is to close
                 parent.pending -= 1
                 if parent.pending == 0 and parent.state is State.OPEN:
                     self._ask_to_close(parent)
+        self._note_rested()
 
     def _overdue(self, node: Node) -> None:
         told_to_end = node.cut is not None or (node.state is State.OPENING and self.stopping)
-        if told_to_end or node.left:
+        if node.drains:
+            self._cancel(node)
+        elif told_to_end or node.left or node.worker is not None:
             self._leave_behind(node)
         elif node.state is State.OPENING:
             node.cut = self.deadline_error(node)
@@ -500,68 +585,13 @@ class Engine:
         else:
             self.interrupts.append(error)
 
-    def deadline_error(self, node: Node, *, abandoned: bool = False) -> DeadlineError:
-        """Return the error of a resource whose time is up, with where it stands."""
-        cut_short = node.phase != "terminate" and node.armed_for < self.timeout(node)
-        blocked = node.blocked - node.blocked_before
-        return DeadlineError(
-            resource=node.resource.name,
-            location=node.declaration.location,
-            phase=node.phase,
-            seconds=node.armed_for,
-            grace=self.grace if self.stopping and cut_short else None,
-            stack=self._if_known(NOWHERE, _stands_at, node),
-            holders=node.live.holders() if node.live is not None else (),
-            opening=self._if_known("", self._reached_by, node),
-            blocked=blocked if blocked >= BLOCKED else 0.0,
-            abandoned=abandoned,
-        )
-
-    def _if_known(self, default: T, look: Callable[[Node], T], node: Node) -> T:
-        # It looks at frames and at what stands in them, which may be broken in any way.
-        try:
-            return look(node)
-        except Exception:
-            return default
-        except BaseException as error:
-            self.interrupt(error)
-            return default
-
-    def _reached_by(self, node: Node) -> str:
-        if node.live is None or node.phase not in ("open", "check"):
-            return ""
-        if node.live.driver is not None:
-            return node.live.describe()
-        needs = [self.values.get(need) for need in node.declaration.needs]
-        return reached_in(suspended_frames(node.coroutine), needs)
-
-    # -- time -----------------------------------------------------------------------------------
-
-    def _start_seconds(self, node: Node) -> float:
-        declared = node.declaration.options.start_timeout
-        return self.start_timeout if declared is None else declared
-
-    def close_seconds(self, node: Node) -> float:
-        """Return the seconds that its closing has, were it to begin now."""
-        seconds = self.timeout(node)
-        if self.stopping:
-            lost = self.time.lost - self._lost_before_stop
-            seconds = min(seconds, max(0.0, self.stop_began + self.grace + lost - self.now()))
-        return seconds
-
-    def timeout(self, node: Node) -> float:
-        """Return the seconds that its closing has by itself."""
-        declared = node.declaration.options.close_timeout
-        return self.close_timeout if declared is None else declared
-
     def report(self, node: Node, happened: Callable[[Node, Any], None], what: object) -> None:
         """Have *happened* told to the owner, at its next turn."""
         self._reports.append((node, happened, what))
         self._bell.set()
 
 
-def _stands_at(node: Node) -> tuple[str, ...]:
-    return waiting_at(node.coroutine)
+_NO_WORD = "{name}: a scope that it holds was cancelled while it was open, and nothing says why"
 
 
 def _between(began: float | None, ended: float | None) -> float:

@@ -6,6 +6,7 @@ LifekitError
 ├── WrongLoopError               it is open, in another event loop
 ├── StartupError                 what failed to open (an ExceptionGroup)
 ├── ShutdownError                what failed to close (an ExceptionGroup)
+├── CrashError                   what died while the application ran (an ExceptionGroup)
 ├── DeadlineError                one phase of one resource ran out of time (a TimeoutError)
 ├── OverrideError                an override that can't hold
 └── SandboxError
@@ -23,7 +24,7 @@ from typing import Any, Literal, Self, cast
 
 from ._redact import redact
 
-Phase = Literal["open", "check", "close", "wait_closed", "terminate"]
+Phase = Literal["open", "check", "run", "close", "wait_closed", "terminate"]
 
 
 class LifekitError(Exception):
@@ -72,11 +73,11 @@ class WrongLoopError(LifekitError):
 class DeadlineError(LifekitError, TimeoutError):
     """One phase of one resource ran out of time.
 
-    Attributes: ``resource``, its name; ``phase``, one of ``open``, ``check``, ``close``,
-    ``wait_closed``, ``terminate``; ``seconds``, the time that it had; ``stack``, the lines where
-    its coroutine stood; ``opening``, what it was to open or to reach, where that is known;
-    ``holders``, for a pool, who holds its connections; ``blocked``, the seconds of its own for which
-    nothing else could run, and nothing end it; ``abandoned``, whether it also ignored its
+    Attributes: ``resource``, its name; ``phase``, one of ``open``, ``check``, ``run`` (of a
+    worker), ``close``, ``wait_closed``, ``terminate``; ``seconds``, the time that it had; ``stack``,
+    the lines where its coroutine stood; ``opening``, what it was to open or to reach, where that is
+    known; ``holders``, for a pool, who holds its connections; ``blocked``, the seconds of its own for
+    which nothing else could run, and nothing end it; ``abandoned``, whether it also ignored its
     cancellation, so that its task was left behind.
     """
 
@@ -123,7 +124,7 @@ class DeadlineError(LifekitError, TimeoutError):
 
 
 class _FailureGroup(LifekitError, ExceptionGroup[Exception]):
-    """What `StartupError` and `ShutdownError` share: failures, each with its resource's name."""
+    """What the groups of failures share: each failure has its resource's name."""
 
     failures: tuple[tuple[str, BaseException], ...] = ()
 
@@ -195,6 +196,35 @@ class ShutdownError(_FailureGroup):
         lines += [_line(*failure) for failure in failures]
         group = cls("\n".join(lines), [error for _, _, error in failures])
         group.failures = tuple((name, error) for name, _, error in failures)
+        return group
+
+
+class CrashError(_FailureGroup):
+    """Workers and resources that died while the application ran.
+
+    Attributes: ``failures``, pairs of a name and what it died of; ``shutdown``, the `ShutdownError` of
+    closings that failed afterwards, or None.
+    """
+
+    shutdown: ShutdownError | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lifespan: str,
+        failures: Sequence[tuple[str, str, Exception]],
+        shutdown: ShutdownError | None = None,
+    ) -> Self:
+        """Build it from (name, code line, error) of each failure."""
+        names = _listed(dict.fromkeys(name for name, _, _ in failures))
+        lines = [f"{lifespan} was stopped: {names} crashed while it ran"]
+        lines += [_line(*failure) for failure in failures]
+        causes = [error for _, _, error in failures]
+        if shutdown is not None:
+            causes.append(shutdown)
+        group = cls("\n".join(lines), causes)
+        group.failures = tuple((name, error) for name, _, error in failures)
+        group.shutdown = shutdown
         return group
 
 

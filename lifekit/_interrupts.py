@@ -13,7 +13,10 @@ from typing import Any
 # The second Ctrl-C raises KeyboardInterrupt wherever the main thread is, and so ends the event loop
 # under whatever closes; a handler of SIGTERM that calls sys.exit() does the same.
 _signal: Any = importlib.import_module("_signal")  # a tenth of the time: no handler becomes an enum
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+getsignal: Callable[[int], Any] = _signal.getsignal
+set_handler: Callable[[int, Any], Any] = _signal.signal
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Those that ask for the end of a process."""
 _holders: dict[object, Callable[[BaseException], bool]] = {}
 _before: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
@@ -27,11 +30,11 @@ def hold(holder: object, raised: Callable[[BaseException], bool]) -> None:
     if threading.get_ident() != threading.main_thread().ident:
         return
     if not _holders:
-        for number in _SIGNALS:
-            handler = _signal.getsignal(number)
+        for number in SIGNALS:
+            handler = getsignal(number)
             if callable(handler):
                 _before[number] = handler
-                _signal.signal(number, _handle)
+                set_handler(number, _handle)
     _holders[holder] = raised
 
 
@@ -40,12 +43,13 @@ def let_go(holder: object) -> None:
     if _holders.pop(holder, None) is None or _holders:
         return
     for number, handler in _before.items():
-        if _signal.getsignal(number) is _handle:
-            _signal.signal(number, _still_wanted(handler))
+        if getsignal(number) is _handle:
+            set_handler(number, still_wanted(handler))
     _before.clear()
 
 
-def _still_wanted(handler: Any) -> Any:
+def still_wanted(handler: Any) -> Any:
+    """Return a handler that was found before, or the default one where what it served is over."""
     # When its task has ended, asyncio's Runner takes its handler away only where it finds it.
     runner = getattr(getattr(handler, "func", None), "__self__", None)
     ended = isinstance(runner, asyncio.Runner) and handler.keywords["main_task"].done()

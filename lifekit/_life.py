@@ -6,6 +6,7 @@ yield is left where it was entered. It reports to the owner, in `_engine.py`, an
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from contextvars import copy_context
@@ -17,10 +18,11 @@ import anyio
 from anyio import CancelScope, get_cancelled_exc_class
 
 from . import drivers, events
-from ._backend import conceal, each_step, reveal, sheltered, uncancel
+from ._backend import conceal, each_step, is_by_deadline, reveal, sheltered, uncancel
 from ._closing import Call, Live, settle
 from ._errors import LifekitError, Phase, is_a, note_once, summary, without
 from ._node import Node, variables_set
+from ._stack import held_by
 from ._stand_in import redact_error
 from ._transient import is_transient
 
@@ -75,7 +77,7 @@ class Life:
                 self._report(self.owner.has_opened, self.node.live)
                 if not self.node.live.closes:
                     return  # nothing is left for this task to do
-                await self._park()
+                await self._park(self.node.live)
             else:  # it failed, or was cancelled, or it arrived too late
                 reason = self._reason(error, cancelled=self.node.scope.cancel_called)
                 self._report(self.owner.open_failed, reason)
@@ -149,21 +151,26 @@ class Life:
         self.node.live = None
         return clean and not self.node.scope.cancel_called
 
-    async def _park(self) -> None:
+    async def _park(self, live: Live) -> None:
         self.node.wake = self.owner.event()
+        shielded = not live.entered
         while not self.node.asked:
             try:
-                # Shielded from the factory's own task group, which may be cancelled meanwhile: why,
-                # comes out where the factory leaves it, at the closing.
-                with self.owner.scope(shield=True):
+                # Of what a factory holds across its yield one cancellation is let through: a task
+                # group of its own that dies has no other sign. Why, comes out at the closing.
+                with self.owner.scope(shield=shielded):
                     await self.node.wake.wait()
             except GeneratorExit:
                 raise
             except BaseException as error:
-                if is_a(error, get_cancelled_exc_class()):
-                    uncancel(self.node.task)
-                else:
+                if not is_a(error, get_cancelled_exc_class()):
                     self.owner.interrupt(error)
+                    continue
+                uncancel(self.node.task)
+                if not (shielded or self.node.asked or _is_a_deadline(error, live)):
+                    self.node.crashed = True
+                    self._report(self.owner.crashed, None)
+                shielded = True
 
     async def _close(self, live: Live) -> bool:
         # Nobody but the owner, and what the closing itself opens, may cancel it. The owner waits.
@@ -233,3 +240,11 @@ class Life:
             )
             real.__cause__ = self._redacted(error)
         return real
+
+
+def _is_a_deadline(error: BaseException, live: Live) -> bool:
+    # One that a factory holds across its yield, and whose time is up: that may be as it is meant.
+    if is_by_deadline(error):
+        return True
+    held = held_by(*getattr(live.steps[-1][1], "args", ()))
+    return any(isinstance(each, asyncio.Timeout) and each.expired() for each in held)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Token
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
-from ._backend import running_loop, sit_out
-from ._errors import LifekitError, NotOpenError, OverrideError, ShutdownError, StartupError
+from . import events
+from ._backend import call_soon, running_loop, sit_out
+from ._errors import CrashError, LifekitError, NotOpenError, OverrideError, ShutdownError, StartupError
 from ._graph import Plan, dependents
+from ._leaving import Body, body
 from ._overrides import (
     MISSING,
     Override,
@@ -24,16 +27,21 @@ from ._overrides import (
     refuse_useless,
 )
 from ._resource import Resource
-from ._running import Start, current, wrong_loop
-from ._sandbox import Block, Sandboxing, sandboxing
+from ._running import Start, current, everywhere, why_not_open, wrong_loop
+from ._sandbox import Block, Sandboxing, sandboxing, workers_wanted
+from ._signals import forget, is_served, listen, stop_server
 from ._stack import Site, caller_frame
+from ._stopping import Stopping
 
 if TYPE_CHECKING:
     from ._engine import Engine
     from ._factory import Entered, Produced
+    from ._health import Checks, Health
     from ._node import Variables
     from ._registry import Registry
+    from ._resting import Some
     from ._timeline import Timeline
+    from ._worker import Worker
     from .drivers import Sandbox
     from .sandbox._by_gateway import PostgresSandbox
 
@@ -73,6 +81,14 @@ class Lifespan(Mapping[str, Any]):
         self.variables: Variables = ()  # which factories set, for requests to have as well
         self._variables: Variables = ()  # the same, unless overridden
         self._root = root or self
+        self.stopping: Stopping = Stopping(root.stopping if root is not None else None)
+        self.crashes: list[tuple[str, str, Exception]] = root.crashes if root is not None else []
+        self.has_crashed = False
+        self._checks: Checks | None = None
+        self._stop_asked = False
+        self._served = False
+        self._body: Body | None = None
+        self._soon: Callable[[Callable[[], object]], object] = lambda call: call()
         self._sandboxing: Sandboxing | None = None
         self._sandboxes: list[tuple[str, Sandbox]] | None = None
         self._own: dict[Resource[Any], Any] = {}  # the engine's, which is `live` too unless overridden
@@ -81,6 +97,8 @@ class Lifespan(Mapping[str, Any]):
         self._names = {resource.name: resource for resource in plan.resources}
         self._registries = {registry, *(resource.registry for resource in plan.resources)}
         self._engine: Engine | None = None
+        self.works: bool = True  # its workers begin, when all is open or when a block begins
+        self._rests: Some = {}  # what an override made to rest, by the layer that owns it
         self._left = False
         self._tokens: list[Token[Any]] = []
 
@@ -114,7 +132,7 @@ class Lifespan(Mapping[str, Any]):
         try:
             return self.live[key]
         except KeyError:
-            raise NotOpenError(self._why_not_open(key), resource=key.name) from None
+            raise NotOpenError(why_not_open(self, key), resource=key.name) from None
 
     def holders(self, key: Resource[Any] | str) -> tuple[str, ...]:
         """Return who now holds parts of a live value, as of a pool its connections.
@@ -162,22 +180,6 @@ class Lifespan(Mapping[str, Any]):
         # Under these keys a request's own state leads from a handle to this lifespan.
         return {registry.key: self for registry in self._registries}
 
-    def _why_not_open(self, resource: Resource[Any]) -> str:
-        if not self.declares(resource):
-            return (
-                f"{resource.name} ({resource.location}) belongs to the registry "
-                f"{resource.registry.name!r}, and this is a lifespan of {self.registry.name!r}. "
-                "Include that registry, or open a lifespan of it."
-            )
-        state = "not entered yet" if self._engine is None else "closing or closed"
-        if self._engine is not None and not self._engine.stopping:
-            state = "still starting"
-        return (
-            f"{resource.name} ({resource.location}) is not open: its lifespan, made at "
-            f"{self.location}, is {state}. "
-            "Use it inside `async with registry.lifespan()`."
-        )
-
     def declares(self, resource: Resource[Any]) -> bool:
         """Return whether it is one of this lifespan's resources, open or not."""
         return self._names.get(resource.name) is resource
@@ -210,10 +212,19 @@ class Lifespan(Mapping[str, Any]):
             variables=self._root._variables,
             gateway=self._root._gateway,
             block=lambda: self._root.block,
+            workers=self._root._may_work(),
+            on_crash=registry.on_crash,
+            crashes=self.crashes,
             on_event=registry.on_event,
             on_finished=self._retract,
         )
         self.loop, self.process = running_loop(), os.getpid()
+        self._soon = call_soon()
+        entering = sys._getframe().f_back  # pyright: ignore[reportPrivateUsage]
+        if self._root is self:
+            self._served = is_served(entering)
+            if registry.signals:
+                listen(self, self._notice, registry.drain_delay)
         current.set((self, *current.get()))
         self._publish()
         engine.start()
@@ -229,6 +240,8 @@ class Lifespan(Mapping[str, Any]):
         # What factories set in their contexts holds in the body, as it does where no lifekit is.
         self._tokens = [variable.set(value) for variable, value in engine.variables]
         self.variables = self._variables = (*self._root._variables, *engine.variables)
+        if self._root is self:
+            self._body = body(entering)
         return self
 
     async def __aexit__(
@@ -236,32 +249,41 @@ class Lifespan(Mapping[str, Any]):
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
+    ) -> bool | None:
         """Close everything.
 
         Raises:
             ShutdownError: Some closings failed; everything else was closed all the same.
+            CrashError: A worker or a resource crashed, and so ended it.
             WrongLoopError: It runs in another event loop, and goes on.
             LifekitError: It was not entered.
         """
         if self._engine is None:
             raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
         if self._engine.finished.is_set() and self._left:
-            return
+            return None
         self._left = True
         if isinstance(error, GeneratorExit):  # this coroutine is closed, and can't wait any more
             try:
                 self._engine.stop()
             except RuntimeError:  # the loop is closed as well
                 self._engine.lose()
-            return
+            return None
         self._refuse_another_loop(self.registry.name)
+        came = error
+        if self._body is not None:
+            came = await self._body.leave(error)
         try:
             if self.patches:
                 await self.undo(self.patches[0])
         finally:
             self._engine.stop()
-            await self._after(self._engine, error if not isinstance(error, Exception) else None)
+            await self._after(self._engine, came if not isinstance(came, Exception) else None)
+        if came is not error:
+            if came is not None:
+                raise came
+            return True  # lifekit's own cancellation, and nothing failed
+        return None
 
     async def _after(self, engine: Engine, interrupt: BaseException | None) -> None:
         """Wait for the end, whatever comes meanwhile, and raise what has to be raised then."""
@@ -286,10 +308,12 @@ class Lifespan(Mapping[str, Any]):
         if failure is not None:
             raise failure
 
-    def _failure(self, engine: Engine) -> StartupError | ShutdownError | None:
+    def _failure(self, engine: Engine) -> StartupError | ShutdownError | CrashError | None:
         name = self.registry.name
         shutdown = ShutdownError.of(name, engine.close_failures) if engine.close_failures else None
         if not engine.open_failures:
+            if self.crashes and self._root is self:
+                return CrashError.of(name, self.crashes, shutdown)
             return shutdown
         return StartupError.of(
             name,
@@ -300,18 +324,101 @@ class Lifespan(Mapping[str, Any]):
             rollback=shutdown,
         )
 
+    # -- being told to end --------------------------------------------------------------------
+
+    def stop(self, reason: str = "") -> None:
+        """Ask for the end of the application, from anywhere in it; return at once.
+
+        Under a server the process gets SIGTERM, so that requests under way are answered as ever. Else
+        the body of ``async with registry.lifespan()`` is cancelled, and leaving it raises nothing.
+
+        Args:
+            reason: Why, for the log.
+
+        Raises:
+            LifekitError: It was not entered.
+        """
+        root = self._root
+        if root._engine is None:
+            raise LifekitError(f"the lifespan made at {self.location} was not entered yet")
+        if running_loop() is not root.loop:
+            root._soon(lambda: root.stop(reason))
+            return
+        if root._stop_asked or root._left or root._engine.stopping:
+            return
+        root._stop_asked = True
+        events.logger.warning(f"{self.registry.name} is asked to stop: {reason or 'no reason given'}")
+        root.stopping.set()
+        if not root._engine.ready.is_set():
+            root._engine.stop()
+        elif not (root._served and stop_server()) and root._body is not None:
+            root._body.cancel()
+
+    async def health(self) -> Health:
+        """Check all resources again, at once, and return how they, the workers and the whole are.
+
+        Each check has five seconds. Callers that come at once share them, and for a second after.
+        """
+        return await self.checks().health()
+
+    def checks(self) -> Checks:
+        """Return what checks its values."""
+        from ._health import Checks
+
+        root = self._root
+        root._checks = root._checks or Checks(root)
+        return root._checks
+
+    def crashed(self, name: str, on_crash: str) -> None:
+        """Do what a crash asks for; called by the engine."""
+        root = self._root
+        if on_crash == "ignore":
+            return
+        root.has_crashed = True
+        if on_crash == "stop" and root.block is None:
+            root.stop(f"{name} crashed")
+
+    def _notice(self) -> None:
+        # Called by a signal handler, amid anything.
+        self.stopping.mark()
+        with suppress(RuntimeError):  # the loop was closed
+            self._soon(self.stopping.set)
+
     # -- test mode ----------------------------------------------------------------------------
 
-    def sandbox(self) -> Block:
+    def sandbox(self, *, workers: bool = True) -> Block:
         """Undo all that is done to its values inside ``async with lifespan.sandbox():``.
+
+        Args:
+            workers: Run the workers inside of it, and end them before all is undone.
 
         Raises:
             SandboxError: At the ``async with``: the lifespan was not opened in
                 `lifekit.testing.sandboxing`.
             SandboxBusyError: Likewise: it is in another block.
             SandboxEscapedError: At the end: something is still in use, or could not be undone.
+            CrashError: At the end: a worker has crashed.
         """
-        return Block(self._root, Site(caller_frame()))
+        return Block(self._root, Site(caller_frame()), workers=workers)
+
+    async def run_once(self, worker: Worker) -> None:
+        """Run a worker's function once, here, with the live values of what it needs.
+
+        Raises:
+            NotOpenError: One of them is not open; so for the other one.
+            WrongLoopError: The lifespan runs in another event loop.
+            BaseException: What the function raised.
+        """
+        await cast("Awaitable[object]", worker.factory(*[self[need] for need in worker.needs]))
+
+    def _layers(self) -> list[Engine]:
+        """Return its run, and those of its overrides, the innermost last."""
+        found = (each._engine for each in (self, *self.patches))
+        return [engine for engine in found if engine is not None]
+
+    def _may_work(self) -> bool:
+        wanted = self.works and (self.block is None or self.block.works)
+        return wanted and (not self.sandboxed or self.block is not None)
 
     def sandboxes(self) -> list[tuple[str, Sandbox]]:
         """Return the names and sandboxes of the values that it opened, what others need first."""
@@ -332,7 +439,9 @@ class Lifespan(Mapping[str, Any]):
 
         What depends on the resource is built a second time, the rest is shared. Requests find the new
         values, and ``as`` gives a lifespan that holds them; at the end the new ones are closed and the
-        old ones, which stay open all the while, serve again.
+        old ones serve again. Those stay open all the while, but for what would go on working with the
+        old value: workers, and resources that have tasks of their own, with what needs them. These are
+        ended before the new ones begin, and begun anew at the end.
 
         Args:
             resource: The handle.
@@ -350,7 +459,7 @@ class Lifespan(Mapping[str, Any]):
         made = make_override(resource, value, factory)
         for each in (made.resource, *made.declaration.needs):
             if not self.declares(each):
-                raise OverrideError(f"{made.location}: {self._why_not_open(each)}")
+                raise OverrideError(f"{made.location}: {why_not_open(self, each)}")
         return self._patch(made)
 
     @asynccontextmanager
@@ -369,18 +478,27 @@ class Lifespan(Mapping[str, Any]):
         rebuilt = dependents(patched._plan, override.resource)
         patched._own.update((each, top._own[each]) for each in top._own if each not in rebuilt)
         patched._own.update(given({override.resource: override}))
-        async with patched:
-            if (root, *root.patches)[-1] is not top:
-                raise OverrideError(
-                    f"{override.location}: another override of this lifespan began while this one was "
-                    "built, and the two would not know of each other. Begin one after the other."
-                )
-            root._serve((*root.patches, patched))
-            try:
-                yield patched
-            finally:
-                inner = root.patches[-1:] != (patched,) and patched in root.patches
-                await root.undo(patched)
+        from ._resting import acting_in, suspend  # here, for production never needs it
+
+        patched._rests = acting_in(root._layers(), rebuilt)
+        try:
+            if (interrupt := await suspend(patched._rests)) is not None:
+                raise interrupt
+            async with patched:
+                if (root, *root.patches)[-1] is not top:
+                    raise OverrideError(
+                        f"{override.location}: another override of this lifespan began while this "
+                        "one was built, and the two would not know of each other. Begin one after the "
+                        "other."
+                    )
+                root._serve((*root.patches, patched))
+                try:
+                    yield patched
+                finally:
+                    inner = root.patches[-1:] != (patched,) and patched in root.patches
+                    await root.undo(patched)
+        finally:
+            await root._end_rest(patched)
         if inner:
             raise OverrideError(
                 f"the override made at {override.location} ended while one inside it was in use, which "
@@ -407,13 +525,25 @@ class Lifespan(Mapping[str, Any]):
                 await each.__aexit__(None, None, None)
             except BaseException as error:
                 failures.append(error)
+            try:
+                await self._end_rest(each)
+            except BaseException as error:
+                failures.append(error)
         for failure in failures:
             if not isinstance(failure, Exception):
                 raise failure
         if failures:
             raise failures[0]
 
+    async def _end_rest(self, patched: Lifespan) -> None:
+        rests, patched._rests = patched._rests, {}
+        if rests:
+            from ._resting import resume
+
+            await resume(rests, self._layers())
+
     def _read_context(self) -> None:
+        self.works = workers_wanted.get()
         self._sandboxing = sandboxing.get()
         if self._sandboxing is not None:
             from .sandbox._by_gateway import PostgresSandbox  # here, for production never needs it
@@ -428,6 +558,7 @@ class Lifespan(Mapping[str, Any]):
     # -- being found --------------------------------------------------------------------------
 
     def _publish(self) -> None:
+        everywhere[self.loop] = (*everywhere.get(self.loop, ()), self)
         for registry in self._registries:
             registry.running[self.loop] = (*registry.running.get(self.loop, ()), self)
 
@@ -436,12 +567,13 @@ class Lifespan(Mapping[str, Any]):
             self._gateway.finish()
         if self._sandboxing is not None:
             self._sandboxing.lifespans.remove(self)
-        for registry in self._registries:
-            left = tuple(each for each in registry.running.get(self.loop, ()) if each is not self)
+        forget(self)
+        for running in (everywhere, *(registry.running for registry in self._registries)):
+            left = tuple(each for each in running.get(self.loop, ()) if each is not self)
             if left:
-                registry.running[self.loop] = left
+                running[self.loop] = left
             else:
-                registry.running.pop(self.loop, None)
+                running.pop(self.loop, None)
 
     # -- pictures -----------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""One resource in one run: its state, its time, and the scopes of its task.
+"""One resource or worker in one run: its state, its time, and the scopes of its task.
 
 A resource goes WAITING, OPENING, OPEN, CLOSING, ENDED. One that fails goes from OPENING straight to
-CLOSING, and what never begins stays WAITING.
+CLOSING, and what never begins stays WAITING. A worker goes from WAITING straight to OPEN.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from anyio import CancelScope
 from ._closing import Live
 from ._errors import DeadlineError, Phase
 from ._resource import Resource
+from ._stopping import Stopping
+from ._worker import Worker, WorkerStatus
 
 
 class State(Enum):
@@ -48,6 +50,10 @@ def variables_set(base: Context, now: Context) -> Variables:
     )
 
 
+belongs_to: ContextVar[Node | None] = ContextVar("lifekit.belongs_to", default=None)
+"""What a task was started by: it is inherited by all that a factory starts."""
+
+
 class Node:
     """One resource in one run."""
 
@@ -63,24 +69,29 @@ class Node:
         "closing_scope",
         "context",
         "coroutine",
+        "crashed",
         "cut",
         "declaration",
+        "drains",
         "index",
         "inherited",
         "last_error",
         "left",
         "live",
         "lost",
+        "notice",
         "open_began",
         "opened_at",
         "pending",
         "phase",
         "resource",
+        "rests",
         "scope",
         "state",
         "task",
         "variables",
         "wake",
+        "worker",
     )
 
     context: Context
@@ -89,6 +100,8 @@ class Node:
     closing_scope: CancelScope
     task: object
     wake: anyio.Event
+    notice: Stopping
+    """A worker's."""
 
     def __init__(
         self, resource: Resource[Any], declaration: Resource[Any], index: int, pending: int
@@ -109,6 +122,10 @@ class Node:
         self.blocked_before = 0.0  # of them those before its alarm was set
         self.lost = 0.0  # seconds for which others did, as far as its alarm allows for them
         self.asked = False
+        self.crashed = False  # it died while it was to be open
+        self.drains = False  # a worker that may still end by itself
+        self.rests = False  # it closes, or has closed, though the run goes on
+        self.worker = WorkerStatus(resource.name) if isinstance(resource, Worker) else None
         self.clean = True
         self.left = False  # behind, by the owner
         self.inherited: dict[ContextVar[Any], Any] = {}  # what factories before it set

@@ -18,6 +18,7 @@ from ._graph import plan as make_plan
 from ._resource import Options, Resource
 from ._running import current
 from ._stack import caller, definition
+from ._worker import Worker
 
 if TYPE_CHECKING:
     from ._lifespan import Lifespan
@@ -62,6 +63,11 @@ def make_override(resource: Resource[Any], value: Any, factory: Callable[..., An
         raise OverrideError(
             f"{here}: a {type(resource).__name__} can't be overridden; name the resource by its "
             "handle, the name that @registry.resource decorates."
+        )
+    if isinstance(resource, Worker):
+        raise OverrideError(
+            f"{here}: {resource.name} ({resource.location}) is a worker, which can't be overridden. "
+            "Override what it needs, or leave workers out: lifespan.sandbox(workers=False)."
         )
     name = resource.name
     if (value is MISSING) == (factory is None):

@@ -5,28 +5,39 @@ from __future__ import annotations
 import inspect
 import keyword
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import (
     TYPE_CHECKING,
     Any,
     Generic,
     Protocol,
-    TypedDict,
     TypeVar,
     TypeVarTuple,
     Unpack,
-    cast,
     overload,
 )
 
+from ._declare_worker import Workers
 from ._errors import DeclarationError, OverrideError
 from ._factory import Entered, Produced, misfit
 from ._graph import Plan, duplicate, refuse_duplicates
 from ._graph import plan as make_plan
 from ._lifespan import Lifespan
+from ._options import (
+    CRASHES,
+    SECONDS,
+    Declaration,
+    as_transient,
+    is_seconds,
+    one_of,
+    refuse_bad_options,
+    refuse_no_handles,
+    refuse_unless,
+)
 from ._overrides import MISSING, Overriding, check, make_override
-from ._resource import Options, Resource, Step, Transient
+from ._resource import Options, Resource
 from ._stack import Site, caller, caller_frame, definition
+from ._worker import OnCrash
 from .asgi import bind_requests
 
 if TYPE_CHECKING:
@@ -42,36 +53,6 @@ E = TypeVar("E")
 F = TypeVar("F")
 G = TypeVar("G")
 H = TypeVar("H")
-
-
-class Declaration(TypedDict, total=False):
-    """What ``@registry.resource(…)`` takes beside handles.
-
-    A step is a method's name, or a function of the value; it may be sync or async.
-    """
-
-    after: Iterable[Resource[Any]]
-    """Handles that must be open first, and whose values the factory does not get."""
-    name: str | None
-    """Its name, where the factory's own will not do."""
-    start_timeout: float | None
-    """Seconds for its opening, all attempts together; None takes the registry's."""
-    close_timeout: float | None
-    """Seconds for its ``close`` and ``wait_closed`` together; None takes the registry's."""
-    retry: int | None
-    """How many more attempts to open it where the failure is transient: a server that is not up."""
-    transient: type[Exception] | Collection[type[Exception]] | Callable[[Any], object] | None
-    """Which failures are transient besides those that lifekit knows: types, or a function of it."""
-    check: Step | None
-    """Raises, or returns False, unless the open value works."""
-    close: Step | None
-    """Begins the closing."""
-    wait_closed: Step | None
-    """Waits until it is closed."""
-    terminate: Step | None
-    """Cuts the value off when its closing fails or takes too long."""
-    sandbox: bool
-    """False leaves the value alone in test mode: what tests do to it may last."""
 
 
 class Declare(Generic[*Needs]):
@@ -104,7 +85,7 @@ class DeclareMany(Protocol):
     def __call__(self, factory: Callable[..., T]) -> Resource[T]: ...
 
 
-class Registry:
+class Registry(Workers):
     """An ordered set of declarations; it can be run many times, also at once in several loops.
 
     Args:
@@ -113,6 +94,11 @@ class Registry:
         close_timeout: Seconds for one resource's ``close`` and ``wait_closed`` together.
         grace: Seconds for the whole shutdown.
         on_event: Called with each `Event`, beside the logging of the logger ``lifekit``.
+        on_crash: What follows where a task group of an open resource dies: ``"stop"`` the application,
+            only make it ``"unready"``, or ``"ignore"``.
+        drain_delay: Seconds for which health is not ready and the server has not heard of SIGTERM yet,
+            for load balancers: under uvicorn, gunicorn, and Hypercorn with workers.
+        signals: Hear SIGTERM and SIGINT before the server acts on them, for `stopping`.
     """
 
     def __init__(
@@ -123,18 +109,26 @@ class Registry:
         close_timeout: float = 10.0,
         grace: float = 25.0,
         on_event: Callable[[Event], object] | None = None,
+        on_crash: OnCrash = "stop",
+        drain_delay: float = 0.0,
+        signals: bool = True,
     ) -> None:
         timeouts = {"start_timeout": start_timeout, "close_timeout": close_timeout, "grace": grace}
+        timeouts["drain_delay"] = drain_delay
         for option, value in timeouts.items():
-            _refuse_unless(_is_seconds(value), option, value, _SECONDS)
+            refuse_unless(is_seconds(value), option, value, SECONDS)
+        refuse_unless(on_crash in CRASHES, "on_crash", on_crash, one_of(CRASHES))
         call: object = type(on_event).__call__ if callable(on_event) else None
         awaited = inspect.iscoroutinefunction(on_event) or inspect.iscoroutinefunction(call)
-        _refuse_unless(not awaited, "on_event", on_event, "a sync function; it is not awaited")
+        refuse_unless(not awaited, "on_event", on_event, "a sync function; it is not awaited")
         self.name = name
         self.start_timeout = start_timeout
         self.close_timeout = close_timeout
         self.grace = grace
         self.on_event = on_event
+        self.on_crash: OnCrash = on_crash
+        self.drain_delay = drain_delay
+        self.signals = signals
         self.key: str = f"lifekit.{name}.{id(self):x}"
         self.running: dict[object, tuple[Lifespan, ...]] = {}
         self._named: dict[str, Resource[Any]] = {}
@@ -228,18 +222,7 @@ class Registry:
                 f"{caller()}: a resource has no option {', '.join(sorted(unknown))}. It has "
                 f"{', '.join(Declaration.__annotations__)}."
             )
-        after: Any = options.get("after") or ()
-        if isinstance(after, Resource):
-            raise DeclarationError(f"{caller()}: after takes several handles: after=[{after.name}].")
-        options["after"] = after = tuple(after)
-        for need in (*needs, *after):
-            if not isinstance(need, Resource):
-                raise DeclarationError(
-                    f"{caller()}: a {type(need).__name__} stands where a handle is expected. What a "
-                    "resource needs is named by handles, the names that @registry.resource decorates; "
-                    "a ready-made value can't be one, since it belongs to no lifespan: return it from "
-                    "a factory instead."
-                )
+        options["after"] = refuse_no_handles(needs, options.get("after"))
         declare: Declare[*tuple[Any, ...]] = Declare(self, needs, options)
         return declare
 
@@ -322,23 +305,8 @@ class Registry:
         options: Declaration | None = None,
     ) -> Resource[Any]:
         options = options if options is not None else {}
-        _refuse_bad_options(options)
-        if issubclass(type(factory), Resource) or not callable(factory):
-            raise DeclarationError(
-                f"{caller()}: a {type(factory).__name__} stands where a factory is expected. A value "
-                "made beforehand belongs to whichever event loop first uses it; return it from a "
-                "function, so that every lifespan makes its own: @registry.resource / def name(): …"
-            )
-        location = definition(factory)
-        name = options.get("name") or str(getattr(factory, "__name__", ""))
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise DeclarationError(
-                f"{location}: {name!r} can't be a resource's name, since request.state.<name> is how "
-                "requests reach it. Give it another: name='…'."
-            )
-        if (first := self._named.get(name)) is not None:
-            raise duplicate(first, name, location)
-        _refuse_unfit(factory, name, location, len(needs))
+        refuse_bad_options(options)
+        name, location = self.place(factory, options.get("name"), len(needs))
         resource: Resource[Any] = Resource(
             name=name,
             factory=factory,
@@ -348,7 +316,7 @@ class Registry:
                 start_timeout=options.get("start_timeout"),
                 close_timeout=options.get("close_timeout"),
                 retry=options.get("retry") or 0,
-                transient=_transient(options.get("transient")),
+                transient=as_transient(options.get("transient")),
                 check=options.get("check"),
                 close=options.get("close"),
                 wait_closed=options.get("wait_closed"),
@@ -358,9 +326,33 @@ class Registry:
             registry=self,
             location=location,
         )
-        self._named[name] = resource
-        self._entries.append(resource)
+        self.add(resource)
         return resource
+
+    def place(self, factory: Callable[..., Any], name: str | None, needs: int) -> tuple[str, str]:
+        """Return the name and the code line of what is declared, checked; for `Workers` as well."""
+        if issubclass(type(factory), Resource) or not callable(factory):
+            raise DeclarationError(
+                f"{caller()}: a {type(factory).__name__} stands where a factory is expected. A value "
+                "made beforehand belongs to whichever event loop first uses it; return it from a "
+                "function, so that every lifespan makes its own: @registry.resource / def name(): …"
+            )
+        location = definition(factory)
+        name = name or str(getattr(factory, "__name__", ""))
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise DeclarationError(
+                f"{location}: {name!r} can't be a resource's name, since request.state.<name> is how "
+                "requests reach it. Give it another: name='…'."
+            )
+        if (first := self._named.get(name)) is not None:
+            raise duplicate(first, name, location)
+        _refuse_unfit(factory, name, location, needs)
+        return name, location
+
+    def add(self, resource: Resource[Any]) -> None:
+        """Make it one of this registry's."""
+        self._named[resource.name] = resource
+        self._entries.append(resource)
 
     def _resources(self) -> Iterator[Resource[Any]]:
         for entry in self._entries:
@@ -387,65 +379,6 @@ class Registry:
             if isinstance(entry, Registry) and (path := entry._path_to(target)):
                 return (self, *path)
         return ()
-
-
-_SECONDS = "seconds, 0 or more; math.inf is no limit"
-_SANDBOX = "False, where what tests do to the value may last, or True"
-_STEP = "a method's name, or a function of the value"
-_TRANSIENT = "exception types, or a function of the error that is not async"
-
-
-def _is_seconds(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-
-
-def _refuse_unless(fits: bool, option: str, value: object, wanted: str) -> None:
-    if not fits:
-        raise DeclarationError(f"{caller()}: {option}={value!r} can't be. It takes {wanted}.")
-
-
-def _refuse_bad_options(options: Declaration) -> None:
-    given = {option: value for option, value in options.items() if value is not None}
-    for option, value in given.items():
-        match option:
-            case "start_timeout" | "close_timeout":
-                _refuse_unless(_is_seconds(value), option, value, _SECONDS)
-            case "retry":
-                counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-                _refuse_unless(counts, option, value, "how many more attempts: 0 or more")
-            case "transient":
-                _refuse_unless(_tells_transient(value), option, value, _TRANSIENT)
-            case "name":
-                _refuse_unless(isinstance(value, str), option, value, "a name")
-            case "sandbox":
-                _refuse_unless(isinstance(value, bool), option, value, _SANDBOX)
-            case "check" | "close" | "wait_closed" | "terminate":
-                _refuse_unless(isinstance(value, str) or callable(value), option, value, _STEP)
-            case _:
-                pass
-    if "transient" in given and "retry" not in options:
-        raise DeclarationError(
-            f"{caller()}: transient= says which failures are tried again, and retry= is missing, which "
-            "says how often. Add it: retry=3."
-        )
-
-
-def _is_error_type(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Exception)
-
-
-def _tells_transient(value: object) -> bool:
-    if isinstance(value, type) or not callable(value):
-        several = cast("Collection[object]", value) if isinstance(value, Collection) else [value]
-        return all(map(_is_error_type, several))
-    return not inspect.iscoroutinefunction(value)
-
-
-def _transient(value: Any) -> Transient | None:
-    """Return the types as a tuple, which stays as it is."""
-    if _is_error_type(value):
-        return (value,)
-    return value if callable(value) or value is None else tuple(value)
 
 
 def _refuse_unfit(factory: Callable[..., Any], name: str, location: str, needs: int) -> None:

@@ -75,15 +75,17 @@ def _not_the_value(handle: Resource[Any], use: str) -> str:
     )
 
 
-async def _is_async() -> None:
+async def is_async() -> None:
     """Stand for what a handle wraps, which is nothing: a call of it is awaited."""
 
 
-class _Signature:
+class RequestSignature:
+    """The signature of a dependency, which takes the request, or nothing."""
+
     # FastAPI asks `inspect.signature(handle)` which parameters to inject, and goes by the type;
     # injectors that know no requests go by the default. Built when asked, so that `import lifekit`
     # does not import starlette.
-    def __get__(self, handle: Resource[Any] | None, owner: type) -> inspect.Signature | None:
+    def __get__(self, handle: object, owner: type) -> inspect.Signature | None:
         if handle is None:
             return None
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -110,7 +112,7 @@ class Resource(Generic[T_co]):
     location: str
     """The code line that defines it."""
 
-    __signature__: ClassVar[_Signature] = _Signature()
+    __signature__: ClassVar[RequestSignature] = RequestSignature()
 
     def get(self, wrong: None = None) -> T_co:
         """Return the live value, anywhere in the event loop of the lifespan that opened it.
@@ -157,7 +159,7 @@ class Resource(Generic[T_co]):
 
         # FastAPI looks for it at each dependency of each request, and finding something is cheaper
         # than `__getattr__` is. What it does with it is to ask whether that is async.
-        __wrapped__ = staticmethod(_is_async)
+        __wrapped__ = staticmethod(is_async)
         __getitem__ = _NotTheValue("{}[…]")
         __aenter__ = _NotTheValue("async with {}")
         __aexit__ = _NotTheValue("async with {}")

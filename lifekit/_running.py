@@ -24,6 +24,10 @@ current: ContextVar[tuple[Lifespan, ...]] = ContextVar("lifekit.current", defaul
 """The lifespans of this context, the innermost first."""
 
 
+everywhere: dict[object, tuple[Lifespan, ...]] = {}
+"""The lifespans that run in each event loop of the process, the latest last."""
+
+
 class Start(NamedTuple):
     """In which start of which application a lifespan begins, as far as the stack tells."""
 
@@ -69,6 +73,24 @@ def wrong_loop(name: str, lifespan: Lifespan, here: object) -> WrongLoopError:
         "this code in that loop, or open a lifespan in this one.",
         resource=name,
         opened_at=lifespan.location,
+    )
+
+
+def why_not_open(lifespan: Lifespan, resource: Resource[Any]) -> str:
+    """Return why *lifespan* has no value of *resource*."""
+    if not lifespan.declares(resource):
+        return (
+            f"{resource.name} ({resource.location}) belongs to the registry "
+            f"{resource.registry.name!r}, and this is a lifespan of {lifespan.registry.name!r}. "
+            "Include that registry, or open a lifespan of it."
+        )
+    state = "not entered yet" if lifespan._engine is None else "closing or closed"  # pyright: ignore[reportPrivateUsage]
+    if lifespan._engine is not None and not lifespan._engine.stopping:  # pyright: ignore[reportPrivateUsage]
+        state = "still starting"
+    return (
+        f"{resource.name} ({resource.location}) is not open: its lifespan, made at "
+        f"{lifespan.location}, is {state}. "
+        "Use it inside `async with registry.lifespan()`."
     )
 
 

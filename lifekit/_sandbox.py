@@ -15,6 +15,7 @@ import anyio
 
 from ._backend import TimeLimit, sit_out, undisturbed
 from ._errors import (
+    CrashError,
     SandboxBusyError,
     SandboxError,
     SandboxEscapedError,
@@ -37,6 +38,8 @@ class Sandboxing:
 
 
 sandboxing: ContextVar[Sandboxing | None] = ContextVar("lifekit.sandboxing", default=None)
+workers_wanted: ContextVar[bool] = ContextVar("lifekit.workers_wanted", default=True)
+"""Whether lifespans that are opened in this context have workers."""
 current_block: ContextVar[Block | None] = ContextVar("lifekit.block", default=None)
 """The block in which this code was started."""
 
@@ -58,10 +61,11 @@ class Block:
     Another one inside it undoes its own part, and no more.
     """
 
-    def __init__(self, lifespan: Lifespan, location: Site) -> None:
+    def __init__(self, lifespan: Lifespan, location: Site, *, workers: bool = True) -> None:
         self.location = location
         self.over: bool = False
         self._is_left = False
+        self.works: bool = workers and lifespan.works
         self.lifespan = lifespan
         self._begun: list[tuple[str, Sandbox]] = []
         self._outer: Block | None = None  # of the context, which may be another lifespan's
@@ -95,6 +99,10 @@ class Block:
         try:
             for name, sandbox in self._sandboxes():
                 await self.begin(name, sandbox)
+            if self._around is not None and self._around.works:
+                self._raise(await self._around._end_work())
+            if self.works:
+                await self._begin_work()
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
@@ -168,6 +176,7 @@ class Block:
             SandboxEscapedError: Something is still in use, or could not be undone. Where the body
                 itself failed, that error gets it as a note.
             SandboxError: A block inside it was still in use. It ended with this one.
+            CrashError: A worker has crashed; likewise.
         """
         if self.over:
             return
@@ -210,12 +219,54 @@ class Block:
             if left:
                 await self.lifespan.undo(left[0])
         finally:
-            await self._end(self._begun)
+            failures = await self._end_work()
+            try:
+                await self._end(self._begun)
+            except Exception as failure:
+                failures.append(failure)
+            if self._around is not None and self._around.works and not self._around.over:
+                await self._around._begin_work()
+            self._raise(failures)
         if left:
             raise SandboxEscapedError(
                 f"when the sandbox ended, the override made at {left[0].location} was still in use, "
                 "and would have served the next test: leave it in the test, with `async with`."
             )
+
+    async def _begin_work(self) -> None:
+        layers = self.lifespan._layers()  # pyright: ignore[reportPrivateUsage]
+        if any(layer.crew for layer in layers):
+            from ._resting import crew_of, resume  # here, for production never needs it
+
+            await resume(crew_of(layers), layers)
+
+    async def _end_work(self) -> list[Exception]:
+        """End the workers; return what crashed, and what did not end."""
+        layers, failures = self.lifespan._layers(), list[Exception]()  # pyright: ignore[reportPrivateUsage]
+        if any(layer.crew for layer in layers):
+            from ._resting import crew_of, suspend
+
+            known = [(layer.close_failures, len(layer.close_failures)) for layer in layers]
+            try:
+                if (interrupt := await suspend(crew_of(layers))) is not None:
+                    raise interrupt
+            except BaseException:
+                await self._end(self._begun)  # what was done is undone all the same
+                raise
+            for failed, before in known:
+                failures += [error for _, _, error in failed[before:]]
+                del failed[before:]
+        if crashes := self.lifespan.crashes:
+            failures.append(CrashError.of(self.lifespan.registry.name, crashes))
+            crashes.clear()
+            self.lifespan.has_crashed = False
+        return failures
+
+    def _raise(self, failures: list[Exception]) -> None:
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup(f"the sandbox at {self.location} ended with failures", failures)
 
     async def _end(self, begun: list[tuple[str, Sandbox]]) -> None:
         seconds = self.lifespan.registry.close_timeout
@@ -238,10 +289,7 @@ class Block:
                     f"lifekit: and the sandbox ended with {summary(failure)}\n{text_of(failure)}"
                 )
             raise interrupt
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            raise ExceptionGroup(f"the sandbox at {self.location} ended with failures", failures)
+        self._raise(failures)
 
 
 def _end_at_once(begun: list[tuple[str, Sandbox]], failures: list[Exception]) -> None:

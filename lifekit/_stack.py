@@ -92,6 +92,21 @@ def suspended_frames(awaitable: object) -> Iterator[FrameType]:
             awaitable = _wrapped_by(awaitable)
 
 
+def held_by(*suspended: object) -> Iterator[object]:
+    """Yield what suspended generators hold, in their variables or between enter and exit.
+
+    What `contextlib` makes of a generator is looked into as well.
+    """
+    left = [*suspended]
+    while left:
+        each: Any = left.pop()
+        generator = getattr(each, "gen", each)
+        if inspect.isasyncgen(generator) or inspect.isgenerator(generator):
+            for held in gc.get_referents(generator):
+                left.append(getattr(held, "__self__", held) if inspect.ismethod(held) else held)
+                yield left[-1]
+
+
 def _wrapped_by(awaitable: object) -> object:
     # `agen.__anext__()` and `coro.__await__()` hide what they drive from Python, not from gc.
     if type(awaitable).__name__ in {

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
 from threading import Lock
 from types import FrameType, new_class
 from typing import TYPE_CHECKING, Any, cast
 
-from ._errors import DeclarationError
+from ._backend import running_loop
+from ._errors import DeclarationError, LifekitError
 from ._overrides import entered, refuse_useless
 from ._running import Start, current
 
 if TYPE_CHECKING:
     from ._lifespan import Lifespan
     from ._node import Variables
+    from ._registry import Registry
     from ._resource import Resource
 
-__all__ = ["combine"]
+__all__ = ["combine", "health"]
 
 Scope = MutableMapping[str, Any]
 ASGIApp = Callable[
@@ -54,6 +58,57 @@ def combine(
             yield state
 
     return combined
+
+
+def health(registry: Registry, *, details: bool = False) -> ASGIApp:
+    """Return an ASGI application with ``/livez`` and ``/readyz``: ``app.mount("/", health(registry))``.
+
+    Each answers with 200 or 503, and JSON with ``ready`` and ``live``. ``/readyz`` runs the checks of
+    the resources; ``/livez`` does not, so that a database that is down restarts no process.
+
+    Args:
+        registry: The registry whose lifespan is meant: the one that serves the request.
+        details: Tell of each resource and worker, in ``resources``.
+    """
+
+    async def answer(
+        scope: Scope,
+        receive: Callable[[], Awaitable[Any]],
+        send: Callable[[Any], Awaitable[None]],
+    ) -> None:
+        if scope["type"] != "http":
+            raise LifekitError(f"lifekit.asgi.health serves HTTP, and no {scope['type']}")
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
+        found, status = _lifespan_of(registry, scope), 404
+        body: dict[str, Any] = {}
+        if scope["method"] not in ("GET", "HEAD"):
+            status = 405
+        elif path in ("/livez", "/readyz"):
+            whole = None
+            if found is not None:
+                checks = found.checks()
+                whole = await checks.health() if path == "/readyz" else checks.known()
+            body = {"ready": whole is not None and whole.ready, "live": whole is None or whole.live}
+            if details and whole is not None:
+                body["resources"] = {name: asdict(each) for name, each in whole.resources.items()}
+            status = 200 if body[path[1:-1]] else 503
+        text = json.dumps(body).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(text)).encode()),
+            (b"cache-control", b"no-store"),
+        ]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else text})
+
+    return answer
+
+
+def _lifespan_of(registry: Registry, scope: Scope) -> Lifespan | None:
+    state: dict[str, Any] = scope.get("state") or {}
+    running = registry.running.get(running_loop(), ())
+    found: Lifespan | None = state.get(registry.key) or (running[-1] if running else None)
+    return found
 
 
 def bind_requests(app: Any, lifespan: Lifespan) -> None:

@@ -11,6 +11,7 @@ from ._timeline import Timeline
 
 if TYPE_CHECKING:
     from ._lifespan import Lifespan
+    from ._worker import OnCrash, WorkerState
 
 logger: logging.Logger = logging.getLogger("lifekit")
 
@@ -98,6 +99,37 @@ class Closed(_ResourceEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStarted(_ResourceEvent):
+    """Everything is open: a worker begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed(_ResourceEvent):
+    """A run of a worker failed; it is run again after *delay* seconds, never where that is None."""
+
+    error: BaseException = field(repr=False)  # its text may hold a password
+    delay: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded(_ResourceEvent):
+    """A worker has ended, by itself or since it was told to: *state* is ``ended`` or ``crashed``."""
+
+    state: WorkerState
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed(_ResourceEvent):
+    """A worker has failed too often, or a task group of an open resource has died.
+
+    *error* is None where that is known only when the resource closes. *on_crash* is what follows.
+    """
+
+    error: BaseException | None = field(repr=False)  # its text may hold a password
+    on_crash: OnCrash
+
+
+@dataclass(frozen=True, slots=True)
 class Started(_Event):
     """Everything is open."""
 
@@ -128,8 +160,19 @@ Event = (
     | CloseFailed
     | Terminated
     | Closed
+    | WorkerStarted
+    | WorkerFailed
+    | WorkerEnded
+    | Crashed
     | Stopped
 )
+
+
+_FOLLOWS: dict[OnCrash, str] = {
+    "stop": "the application is asked to stop",
+    "unready": "the application is not ready any more",
+    "ignore": "the application goes on without it",
+}
 
 
 def log(event: Event) -> None:
@@ -161,6 +204,19 @@ def log(event: Event) -> None:
             )
         case Terminated():
             logger.warning(f"{event.resource} terminated")
+        case WorkerFailed(delay=delay):
+            follows = "not run again" if delay is None else f"run again in {delay:.2f} s"
+            logger.error(
+                f"{event.resource} failed, and is {follows}: {summary(event.error)}",
+                exc_info=event.error,
+            )
+        case Crashed(error=None):
+            logger.critical(
+                f"{event.resource} crashed: a task group or another scope that it holds was cancelled "
+                f"while it was open; {_FOLLOWS[event.on_crash]}"
+            )
+        case Crashed(error=BaseException() as error):
+            logger.critical(f"{event.resource} crashed: {summary(error)}; {_FOLLOWS[event.on_crash]}")
         case Started() | Stopped():
             logger.info(event.timeline.title)
         case _:

@@ -30,6 +30,9 @@ with isolation="none", let it last.'
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the ini line."""
+    parser.addini(
+        "lifekit_workers", "whether the application's workers run in tests", type="bool", default=True
+    )
     parser.addini(_INI, 'the ASGI application that is tested, such as "shop.main:app"')
 
 
@@ -57,8 +60,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _check_marker(item: pytest.Item) -> None:
     for marker in item.iter_markers("lifekit"):
         isolation = marker.kwargs.get("isolation", "rollback")
-        if marker.args or set(marker.kwargs) - {"isolation"} or isolation not in _ISOLATIONS:
+        odd = set(marker.kwargs) - {"isolation", "workers"}
+        odd_workers = not isinstance(marker.kwargs.get("workers", True), bool)
+        if marker.args or odd or isolation not in _ISOLATIONS or odd_workers:
             known = " or ".join(f'@pytest.mark.lifekit(isolation="{each}")' for each in _ISOLATIONS)
+            known += ", with workers=False or without it"
             said = [*map(repr, marker.args), *(f"{k}={v!r}" for k, v in marker.kwargs.items())]
             text = f"{item.nodeid}: the marker is {known}, not {', '.join(said)}"
             pytest.fail(text, pytrace=False)

@@ -229,9 +229,11 @@ def test_importing_lifekit_imports_no_driver_no_framework_and_no_test_library() 
 
 def test_the_public_names_are_these() -> None:
     assert lifekit.__all__ == [
+        "CrashError",
         "DeadlineError",
         "DeclarationError",
         "Driver",
+        "Health",
         "LifekitError",
         "Lifespan",
         "NotOpenError",
@@ -244,14 +246,17 @@ def test_the_public_names_are_these() -> None:
         "SandboxUnsupportedError",
         "ShutdownError",
         "StartupError",
+        "Stopping",
+        "Worker",
         "WrongLoopError",
+        "stopping",
     ]
     assert lifekit.__all__ == sorted(lifekit.__all__)
     assert all(getattr(lifekit, name).__name__ == name for name in lifekit.__all__)
 
 
 def test_the_public_names_of_the_parts_are_these() -> None:
-    assert asgi.__all__ == ["combine"]
+    assert asgi.__all__ == ["combine", "health"]
     assert drivers.__all__ == ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
     assert testing.__all__ == [
         "Sandboxing",
@@ -281,6 +286,10 @@ def test_the_events_are_these_with_these_fields() -> None:
         "CloseFailed": [*of_resource, "phase", "error"],
         "Terminated": of_resource,
         "Closed": [*of_resource, "seconds", "clean"],
+        "WorkerStarted": of_resource,
+        "WorkerFailed": [*of_resource, "error", "delay"],
+        "WorkerEnded": [*of_resource, "state"],
+        "Crashed": [*of_resource, "error", "on_crash"],
         "Stopped": ["registry", "lifespan", "timeline"],
     }
     public: dict[str, Any] = {
@@ -296,6 +305,7 @@ def test_every_error_is_a_lifekit_error() -> None:
     assert all(issubclass(error, lifekit.LifekitError) for error in errors)
     assert issubclass(lifekit.StartupError, ExceptionGroup)
     assert issubclass(lifekit.ShutdownError, ExceptionGroup)
+    assert issubclass(lifekit.CrashError, ExceptionGroup)
     assert issubclass(lifekit.DeadlineError, TimeoutError)
 
 

@@ -22,6 +22,7 @@ from anyio.lowlevel import checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lifekit
 from lifekit import Registry, ShutdownError, StartupError, events
 
 from . import virtual_time
@@ -51,6 +52,8 @@ class Case:
     """A graph, and when and how its caller is cancelled: at which act, how often, by what."""
 
     specs: tuple[Spec, ...]
+    workers: tuple[tuple[tuple[int, ...], str, float], ...]
+    """What each needs, how it behaves, and its drain."""
     cancel_at: int | None
     times: int
     by: str  # "task", "scope" or "all tasks"
@@ -75,9 +78,12 @@ def cases(draw: st.DrawFn) -> Case:
             terminate=draw(st.sampled_from(ACTS)),
         )
         specs.append(spec)
+    needs = st.lists(st.integers(0, size - 1), max_size=3, unique=True).map(tuple)
+    behavior = st.sampled_from(("fine", "waits", "boom", "hang", "stubborn"))
+    workers = draw(st.lists(st.tuples(needs, behavior, st.sampled_from((0.0, 5.0))), max_size=3))
     cancel_at = draw(st.none() | st.integers(1, 4 * size))
     by = draw(st.sampled_from(("task", "scope", "all tasks")))
-    return Case(tuple(specs), cancel_at, draw(st.integers(1, 3)), by)
+    return Case(tuple(specs), tuple(workers), cancel_at, draw(st.integers(1, 3)), by)
 
 
 @dataclass
@@ -188,7 +194,32 @@ def declare(world: World) -> Registry:
         needs = [handles[need] for need in spec.needs]
         after = [handles[need] for need in spec.after]
         handles.append(registry.resource(*needs, after=after, name=name)(factory(world, name, spec)))
+    for index, (wants, how, drain) in enumerate(world.case.workers):
+        needed = [handles[need] for need in wants]
+        declare = registry.worker(*needed, name=f"w{index}", drain=drain, on_crash="ignore")
+        declare(worker(world, how))
     return registry
+
+
+def worker(world: World, how: str) -> Callable[..., Any]:
+    """Return a worker's function: none is a failure that anybody is told of but in the log."""
+
+    async def work(*_: Any) -> None:
+        match how:
+            case "waits":
+                await lifekit.stopping().wait()
+                await anyio.sleep(1)
+            case "boom":
+                raise BoomError
+            case "hang":
+                await anyio.sleep_forever()
+            case "stubborn":
+                with CancelScope(shield=True):
+                    await world.released.wait()
+            case _:
+                pass
+
+    return work
 
 
 async def run(world: World) -> BaseException | None:
@@ -239,6 +270,13 @@ def assert_promises_kept(world: World, raised: BaseException | None) -> None:
                 over = position.get((events.Closed, name), position.get((events.OpenFailed, name)))
                 assert over is not None
                 assert over < position[events.Closing, parent]
+    for index, (wants, _, _) in enumerate(world.case.workers):
+        began = position.get((events.WorkerStarted, f"w{index}"))
+        assert (began is None) == ((events.Started, "") not in seen)
+        if began is not None:  # when all was open, and what it needs outlived it
+            assert position[events.Started, ""] < began
+            ended = position[events.WorkerEnded, f"w{index}"]
+            assert all(ended < position[events.Closing, f"r{need}"] for need in wants)
     closing = [name for kind, name in seen if kind is events.Closing]
     closed = [name for kind, name in seen if kind is events.Closed]
     assert sorted(closing) == sorted(closed) == sorted(set(closing))

@@ -36,6 +36,11 @@ INNER = {
     *("lifekit.Registry.plan", "lifekit.Resource.factory", "lifekit.Resource.needs"),
     *("lifekit.Resource.after", "lifekit.Resource.options", "lifekit.Resource.registry"),
     *("lifekit.Lifespan.declares", "lifekit.Lifespan.sandboxes", "lifekit.Lifespan.undo"),
+    *("lifekit.Registry.place", "lifekit.Registry.add"),
+    *("lifekit.Lifespan.checks", "lifekit.Lifespan.crashed", "lifekit.Stopping.mark"),
+    *("lifekit.Stopping.set", "lifekit.CrashError.derive"),
+    *(f"lifekit.Worker.{name}" for name in ("factory", "needs", "after", "options", "registry")),
+    *(f"lifekit.Worker.{name}" for name in ("get", "name", "location", "rules")),  # of a Resource
     *("lifekit.Lifespan.variables", "lifekit.Lifespan.location"),
     *("lifekit.StartupError.derive", "lifekit.ShutdownError.derive"),  # ExceptionGroup's
     *("lifekit.asgi.with_request_context", "lifekit.asgi.bind_requests", "lifekit.events.log"),
@@ -94,7 +99,10 @@ def _names() -> dict[str, Any]:
 def _classes() -> dict[str, type]:
     """Return the public classes, and those that a public one gives."""
     found = {name: value for name, value in _names().items() if inspect.isclass(value)}
-    given = ("_registry.Declaration", "_timeline.Timeline", "_timeline.Span")
+    given = (
+        *("_options.Declaration", "_options.WorkerDeclaration"),
+        *("_worker.WorkerStatus", "_health.ResourceHealth", "_timeline.Timeline", "_timeline.Span"),
+    )
     for path in given:
         module, _, name = path.partition(".")
         found[f"lifekit.{path}"] = getattr(importlib.import_module(f"lifekit.{module}"), name)
@@ -189,7 +197,7 @@ def _headings(section: str) -> str:
 
 
 def test_an_ini_option_of_the_plugin_has_its_place() -> None:
-    assert _declared().ini == ["lifekit_app"]
+    assert sorted(_declared().ini) == ["lifekit_app", "lifekit_workers"]
     for name in _declared().ini:
         assert f"Ini line: `{name}`" in _headings("pytest")
         assert re.search(rf"^{name} = ", sections(PAGE)["pytest"], re.M)

@@ -24,13 +24,15 @@ from lifekit._errors import (
 from lifekit._lifespan import Lifespan
 from lifekit._overrides import overrides, refuse_useless
 from lifekit._redact import redact
-from lifekit._sandbox import Block, Sandboxing, sandboxing
+from lifekit._sandbox import Block, Sandboxing, sandboxing, workers_wanted
 from lifekit._stand_in import redact_error
 from lifekit.asgi import ASGIApp, Scope
 
 
 @asynccontextmanager
-async def running(app: ASGIApp, *, sandboxed: bool = False) -> AsyncGenerator[Running]:
+async def running(
+    app: ASGIApp, *, sandboxed: bool = False, workers: bool = True
+) -> AsyncGenerator[Running]:
     """Run the application's lifespan around ``async with``, in a task of its own.
 
     It may be entered in one task and left in another, and shuts down whatever the body did. As with
@@ -40,6 +42,7 @@ async def running(app: ASGIApp, *, sandboxed: bool = False) -> AsyncGenerator[Ru
     Args:
         app: The ASGI application.
         sandboxed: Let lifekit's known values open sandboxed, for `Running.sandbox`.
+        workers: Whether there are workers: sandboxed in blocks, and else all the while.
 
     Raises:
         BaseException: What the application itself raised: where it starts at the ``async with``, else
@@ -48,7 +51,7 @@ async def running(app: ASGIApp, *, sandboxed: bool = False) -> AsyncGenerator[Ru
         ShutdownError: Likewise, that it did not stop cleanly.
     """
     served = Running(app)
-    await served.start(sandboxed)
+    await served.start(sandboxed, workers=workers)
     try:
         yield served
     except BaseException as error:
@@ -107,23 +110,29 @@ class Running:
         found = dict.fromkeys((*self._opened.lifespans, *in_state))
         return [each for each in found if each in each.registry.running.get(each.loop, ())]
 
-    def sandbox(self) -> AbstractAsyncContextManager[Block]:
+    def sandbox(self, *, workers: bool = True) -> AbstractAsyncContextManager[Block]:
         """Undo, at the end of ``async with``, what was done inside to the values of its lifespans.
+
+        Without *workers* none runs inside.
 
         Raises:
             SandboxError: It runs no lifespan of lifekit's.
         """
-        blocks = [each.sandbox() for each in self.lifespans]  # here, for they note their caller
+        blocks = [
+            each.sandbox(workers=workers) for each in self.lifespans
+        ]  # here, for they note their caller
         if not blocks:
             raise self._nothing_to_sandbox() from self.unsupported
         return _entered(blocks)
 
-    async def start(self, sandboxed: bool) -> None:
+    async def start(self, sandboxed: bool, *, workers: bool = True) -> None:
         """Start it: see `running`."""
         self._loop = running_loop()
         context = copy_context()
         if sandboxed:
             context.run(sandboxing.set, self._opened)
+        if not workers:
+            context.run(workers_wanted.set, False)
         self._task = context.run(spawn, self._run(), "lifekit application", self._lost)
         try:
             await self._answered.wait()

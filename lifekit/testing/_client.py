@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def client(app: ASGIApp, *, sandbox: bool = False, **options: Any) -> AsyncGenerator[AsyncClient]:
+async def client(
+    app: ASGIApp, *, sandbox: bool = False, workers: bool = True, **options: Any
+) -> AsyncGenerator[AsyncClient]:
     """Run the application around ``async with``, and give a client that sends it requests.
 
     The application starts at the ``async with``, in this event loop, and stops at its end, whatever the
@@ -35,6 +37,7 @@ async def client(app: ASGIApp, *, sandbox: bool = False, **options: Any) -> Asyn
         app: The ASGI application.
         sandbox: Undo all that the body let the application do to values that lifekit can sandbox. What
             its lifespan itself does while it starts and stops is real.
+        workers: Run the application's workers; with ``sandbox``, they run inside of it.
         options: Those of httpx2's (else httpx's) ``AsyncClient``, of which ``base_url`` is
             ``http://test`` by default, and of its ``ASGITransport``: ``raise_app_exceptions``,
             ``root_path``, ``client``; and ``client_class``, a class to use instead of ``AsyncClient``.
@@ -47,7 +50,7 @@ async def client(app: ASGIApp, *, sandbox: bool = False, **options: Any) -> Asyn
     """
     _httpx()
     async with (
-        running(app, sandboxed=sandbox) as served,
+        running(app, sandboxed=sandbox, workers=workers) as served,
         served.sandbox() if sandbox else nullcontext(),
         client_of(served, **options) as made,
     ):
@@ -92,6 +95,7 @@ def sync_client(
     app: ASGIApp,
     *,
     sandbox: bool = False,
+    workers: bool = True,
     backend: Literal["asyncio", "trio"] = "asyncio",
     backend_options: dict[str, Any] | None = None,
     **options: Any,
@@ -104,6 +108,7 @@ def sync_client(
         app: The ASGI application.
         sandbox: Undo all that the body let the application do to values that lifekit can sandbox. What
             its lifespan itself does while it starts and stops is real.
+        workers: Run the application's workers; with ``sandbox``, they run inside of it.
         backend: The kind of event loop.
         backend_options: AnyIO's, such as ``{"use_uvloop": True}``.
         options: The other ones of ``TestClient``, and ``sync_client_class``, a class to use instead.
@@ -117,7 +122,7 @@ def sync_client(
     _httpx()
     with (
         start_blocking_portal(backend, backend_options) as portal,
-        portal.wrap_async_context_manager(running(app, sandboxed=sandbox)) as served,
+        portal.wrap_async_context_manager(running(app, sandboxed=sandbox, workers=workers)) as served,
         sandbox_in(portal, served) if sandbox else nullcontext(),
         sync_client_of(served, portal, **options) as made,
     ):
@@ -146,9 +151,9 @@ def sync_client_of(
 
 
 @contextmanager
-def sandbox_in(portal: BlockingPortal, served: Running) -> Generator[None]:
+def sandbox_in(portal: BlockingPortal, served: Running, workers: bool = True) -> Generator[None]:
     """Sandbox, around ``with``, an application that runs in the event loop of *portal*."""
-    with portal.wrap_async_context_manager(served.sandbox()) as block:
+    with portal.wrap_async_context_manager(served.sandbox(workers=workers)) as block:
         outer = current_block.get()
         current_block.set(block)  # what the calling thread sends into the loop is inside
         try:

@@ -200,7 +200,7 @@ async def place(run: Run, item: pytest.Item, served: Running) -> AsyncGenerator[
     made, ending = Place(item, served), AsyncExitStack()
     if is_isolated(item):
         ending.enter_context(run.seeds.around(served))
-        await ending.enter_async_context(served.sandbox())
+        await ending.enter_async_context(served.sandbox(workers=_works(item)))
         locate(getattr(item, "obj", None), served)
     ending.push_async_exit(made.async_clients)
     yield made
@@ -221,10 +221,17 @@ def sync_place(
         ending.enter_context(readable())
         if is_isolated(item):
             ending.enter_context(run.seeds.around(served))
-            ending.enter_context(sandbox_in(portal, served))
+            ending.enter_context(sandbox_in(portal, served, _works(item)))
             locate(getattr(item, "obj", None), served)
         ending.enter_context(made.clients)
         yield made
+
+
+def _works(item: pytest.Item) -> bool:
+    for marker in item.iter_markers("lifekit"):  # the nearest first
+        if "workers" in marker.kwargs:
+            return bool(marker.kwargs["workers"])
+    return bool(item.config.getini("lifekit_workers"))
 
 
 # -- what a run is told of at its end -------------------------------------------------------------

@@ -102,7 +102,7 @@ class Made:
         """Begin its sandbox; run it inside if it is async, and give what it gave."""
         async with AsyncExitStack() as ending:
             with _within(self._around):
-                self.block = await ending.enter_async_context(self.served.sandbox())
+                self.block = await ending.enter_async_context(self.served.sandbox(workers=False))
             locate(self.seed.function, self.served)
             value = None
             if inspect.iscoroutinefunction(self.seed.function):

@@ -95,6 +95,29 @@ def wrong_pool(pool: asyncpg.Pool) -> int:
 def wrong_last(a: int, b: str, c: int, d: str, e: int, f: int) -> None: ...
 
 
+# -- workers -----------------------------------------------------------------------------------------
+
+
+@registry.worker(number)  # error
+async def wrong_worker(value: str) -> None: ...
+
+
+@registry.worker  # error
+async def worker_of_nobody_named(value: int) -> None: ...
+
+
+@registry.worker(number, text)  # error
+async def worker_of_one_of_two(value: int) -> None: ...
+
+
+@registry.worker(number)  # error
+def worker_that_is_not_async(value: int) -> None: ...
+
+
+@registry.worker(restart="sometimes")  # error
+async def worker_that_restarts_oddly() -> None: ...
+
+
 # -- the wrong count -------------------------------------------------------------------------------
 
 

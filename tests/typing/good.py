@@ -22,7 +22,8 @@ import redis.asyncio as redis
 from fastapi import Depends, FastAPI, WebSocket
 from starlette.applications import Starlette
 
-from lifekit import Lifespan, Registry, Resource
+import lifekit
+from lifekit import Lifespan, Registry, Resource, Stopping, Worker
 from lifekit.asgi import combine
 
 registry = Registry("typed", start_timeout=5, on_event=print)
@@ -439,3 +440,47 @@ async def talk(socket: WebSocket, cache: Annotated[redis.Redis, Depends(redis_cl
 
 package = Registry("package")
 registry.include(package)
+
+
+# -- workers -----------------------------------------------------------------------------------------
+
+
+@registry.worker
+async def by_itself() -> None: ...
+
+
+@registry.worker(by_function, every=60.0, limit=(3, 10.0), on_crash="unready", drain=5.0)
+async def at_intervals(value: int) -> str:
+    return str(value)
+
+
+@registry.worker(by_function, by_entering, restart="always", after=[by_itself])
+async def with_needs(value: int, lease: bytes) -> None:
+    async for each in lifekit.stopping().until(numbers()):
+        assert_type(each, int)
+
+
+@registry.worker(
+    by_function, by_function, by_function, by_function, by_function, by_function, by_function
+)
+async def with_many_needs(a: int, b: int, c: int, d: int, e: int, f: int, g: int) -> None: ...
+
+
+async def numbers() -> AsyncGenerator[int]:
+    yield 1
+
+
+assert_type(by_itself, Worker)
+assert_type(at_intervals, Worker)
+assert_type(with_needs, Worker)
+assert_type(with_many_needs, Worker)
+assert_type(lifekit.stopping(), Stopping)
+
+
+async def of_a_lifespan(
+    lifespan: Lifespan, stopping: Annotated[Stopping, Depends(lifekit.stopping)]
+) -> None:
+    assert_type(lifespan[with_needs].restarts, int)
+    assert_type(lifespan[with_needs].last_error, BaseException | None)
+    lifespan.stop("enough")
+    await stopping.wait()

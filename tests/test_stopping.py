@@ -1,0 +1,205 @@
+"""The notice of the stop, the stop itself, and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, Iterator
+from typing import Annotated, Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+from fastapi import Depends, FastAPI
+
+import lifekit
+from lifekit import CrashError, NotOpenError, Registry, ShutdownError, Stopping, testing
+
+pytestmark = pytest.mark.anyio
+on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What a server's handlers of SIGTERM and SIGINT heard; as uvicorn's, they are methods."""
+    log: list[str] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    class Server:
+        def handle_exit(self, number: int, frame: object) -> None:
+            log.append(signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, Server().handle_exit)
+    yield log
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+async def test_a_signal_is_the_notice_and_the_servers_handler_hears_it_too(heard: list[str]) -> None:
+    registry = Registry()
+    found = signal.getsignal(signal.SIGTERM)
+    async with registry.lifespan() as lifespan:
+        chained: Any = signal.getsignal(signal.SIGTERM)
+        assert chained.__self__ is found.__self__  # type: ignore[union-attr] # pyright: ignore
+        assert not lifekit.stopping().is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert lifekit.stopping().is_set()
+        with anyio.fail_after(20):
+            await lifespan.stopping.wait()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert heard == ["SIGTERM", "SIGTERM", "SIGINT"]
+    assert signal.getsignal(signal.SIGTERM) is found
+
+
+async def test_handlers_are_put_back_by_the_last_one_and_a_newer_one_stays(heard: list[str]) -> None:
+    found = signal.getsignal(signal.SIGTERM)
+    async with Registry().lifespan():
+        async with Registry().lifespan():
+            pass
+        assert signal.getsignal(signal.SIGTERM) is not found
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGTERM) is found
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+async def test_signals_are_left_alone_where_the_registry_says_so(heard: list[str]) -> None:
+    found = signal.getsignal(signal.SIGTERM)
+    async with Registry(signals=False).lifespan():
+        assert signal.getsignal(signal.SIGTERM) is found
+    assert heard == []
+
+
+@on_asyncio
+async def test_a_forked_process_is_not_told(heard: list[str]) -> None:
+    async with Registry().lifespan() as lifespan:
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(7 if lifespan.stopping.is_set() else 8)
+        _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        assert os.waitstatus_to_exitcode(status) == 8
+
+
+async def test_until_ends_with_the_notice_and_gives_what_has_come() -> None:
+    closed: list[str] = []
+
+    async def numbers() -> AsyncGenerator[int]:
+        try:
+            yield 1
+            yield 2
+            await anyio.sleep_forever()
+        finally:
+            closed.append("numbers")
+
+    async def few() -> AsyncGenerator[int]:
+        yield 1
+
+    async with Registry().lifespan() as lifespan, anyio.create_task_group() as tasks:
+        assert [each async for each in lifekit.stopping().until(few())] == [1]
+        tasks.start_soon(_after_rounds, lifespan.stopping.set)
+        assert [each async for each in lifekit.stopping().until(numbers())] == [1, 2]
+        assert closed == ["numbers"]
+        assert [each async for each in lifekit.stopping().until(few())] == []
+        await lifekit.stopping().wait()
+
+
+async def _after_rounds(call: Any) -> None:
+    for _ in range(5):
+        await checkpoint()
+    call()
+
+
+@on_asyncio
+async def test_it_is_a_dependency_of_the_requests_own_lifespan() -> None:
+    registry = Registry()
+    app = FastAPI(lifespan=registry.lifespan)
+
+    @app.get("/")
+    async def told(stopping: Annotated[Stopping, Depends(lifekit.stopping)]) -> bool:
+        assert stopping is lifekit.stopping()
+        return stopping.is_set()
+
+    async with Registry().lifespan(), testing.client(app) as client:
+        assert (await client.get("/")).json() is False
+        registry.running[asyncio.get_running_loop()][0].stopping.set()
+        assert (await client.get("/")).json() is True
+    assert "stopping" not in app.openapi()["paths"]["/"]["get"]
+
+
+async def test_where_no_lifespan_runs_it_says_so() -> None:
+    with pytest.raises(NotOpenError, match="no lifespan runs here"):
+        lifekit.stopping()
+
+
+@pytest.mark.parametrize("by", ["the body", "a task", "a thread"])
+async def test_stop_cancels_the_body_and_leaving_raises_nothing(by: str) -> None:
+    reached = False
+    async with Registry().lifespan() as lifespan:
+        if by == "the body":
+            lifespan.stop("enough")
+        elif by == "a thread":
+            await anyio.to_thread.run_sync(lifespan.stop)
+        async with anyio.create_task_group() as tasks:
+            if by == "a task":
+                tasks.start_soon(_after_rounds, lifespan.stop)
+            with anyio.fail_after(20):
+                await anyio.sleep_forever()
+        reached = True
+    assert not reached
+    with anyio.CancelScope() as scope:  # nothing of the cancellation is left
+        await checkpoint()
+    assert not scope.cancelled_caught
+
+
+async def test_a_body_that_ends_as_it_is_stopped_is_not_cancelled_later() -> None:
+    async with Registry().lifespan() as lifespan:
+        lifespan.stop("enough")
+    await checkpoint()
+    await checkpoint()
+
+
+async def test_a_cancellation_from_outside_is_delivered_though_it_stops() -> None:
+    with anyio.CancelScope() as scope:
+        async with Registry().lifespan() as lifespan:
+            lifespan.stop("enough")
+            scope.cancel()
+            await anyio.sleep_forever()
+        await checkpoint()
+    assert scope.cancelled_caught
+
+
+async def test_closings_that_fail_after_a_crash_are_told_as_well() -> None:
+    registry = Registry("shop")
+
+    @registry.resource
+    async def broken() -> AsyncGenerator[None]:
+        yield
+        raise ValueError("broken")
+
+    @registry.worker(restart="never")
+    async def outbox() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(CrashError) as caught:
+        async with registry.lifespan():
+            await anyio.sleep_forever()
+    assert [name for name, _ in caught.value.failures] == ["outbox"]
+    assert isinstance(caught.value.shutdown, ShutdownError)
+    assert caught.group_contains(ValueError)
+
+
+@on_asyncio
+async def test_a_crash_in_a_test_client_comes_out_of_it() -> None:
+    registry = Registry("shop")
+
+    @registry.worker(restart="never")
+    async def outbox() -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+    with pytest.raises(CrashError):
+        async with testing.client(FastAPI(lifespan=registry.lifespan)):
+            await asyncio.sleep(0.05)
