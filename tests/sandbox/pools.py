@@ -208,6 +208,13 @@ class Psycopg2(Pool):
         finally:
             await asyncio.to_thread(value.putconn, connection)
 
+    @asynccontextmanager
+    async def connection(self, value: Any) -> AsyncGenerator[Any]:
+        connection = await asyncio.to_thread(value.getconn)
+        connection.autocommit = True
+        yield connection
+        await asyncio.to_thread(value.putconn, connection)
+
     async def take(self, value: Any) -> Any:
         return await asyncio.to_thread(value.getconn)
 

@@ -18,19 +18,9 @@ from typing import TYPE_CHECKING
 
 from lifekit.sandbox._sql import Statement, Verb, read
 
-from . import messages, names
+from . import control, messages, names
 from .carrier import Batch, Carrier, ServerFailed, Steps
-from .control import (
-    RESET,
-    RESET_DONE,
-    UNSUPPORTED,
-    Failure,
-    Local,
-    answer,
-    control_of,
-    has_local,
-    is_local,
-)
+from .control import UNSUPPORTED, Failure, Local, answer, control_of, has_local, is_local
 from .copying import Copying
 from .messages import READY, Backend, Bind, Frontend, Parse
 from .notifications import Ear, found, has_parts, stands_alone
@@ -43,10 +33,8 @@ if TYPE_CHECKING:
 
 NO_STATEMENT, NO_PORTAL, DUPLICATE_STATEMENT = "26000", "34000", "42P05"
 _STATEMENT = ord("S")
-_ROLLBACK = Statement("ROLLBACK", Verb.ROLLBACK)
-_SET = Statement("SET TRANSACTION", Verb.SET_TRANSACTION)
-_ALONE = frozenset((Frontend.QUERY, Frontend.FUNCTION_CALL))
-"""What no Sync follows."""
+_ROLLBACK, _SET = Statement("ROLLBACK", Verb.ROLLBACK), Statement("SET", Verb.SET_TRANSACTION)
+_ALONE = frozenset((Frontend.QUERY, Frontend.FUNCTION_CALL))  # which no Sync follows
 
 
 class Conversation:
@@ -65,8 +53,7 @@ class Conversation:
         self._copying = Copying(session.real.send)
         self._sql = names.PreparedBySql()
         self._is_between = True  # the client may stop here
-        self._runs = self._called = False
-        self._hurries = False  # something of it goes the short way
+        self._runs = self._called = self._hurries = False  # the last one by the short way
         self._steps = self._converse()
         next(self._steps)
 
@@ -212,10 +199,10 @@ class Conversation:
 
     def controls_at_once(self, statement: Statement) -> bool:
         """Begin or end a transaction, where the server does not have to know; return whether it was."""
-        transaction, verb = self.transaction, statement.verb
-        if verb is Verb.BEGIN and transaction.is_open:
+        verb, failed = statement.verb, self.transaction.failed
+        if verb is Verb.BEGIN and self.transaction.is_open:
             return False
-        if verb is Verb.COMMIT and (transaction.failed or not self.carrier.commits_at_once):
+        if verb is Verb.COMMIT and (failed or not self.carrier.commits_at_once):
             return False
         self._control_now(statement)
         self._end()
@@ -397,8 +384,7 @@ class Conversation:
             self._batch.again.append(prepared.encode(b""))
             self._batch.prepares_unnamed = True
             statement = b""
-        # Under the client's own name, by which SQL may speak of it; nobody else has the session while
-        # there is one.
+        # Under the client's own name, by which SQL may speak of it: nobody else has the session then.
         portal = self._portals[bound.portal] = bound.portal
         self._bound[portal] = text
         self._batch.sent.append(bound.encode(portal, statement))
@@ -495,9 +481,9 @@ class Conversation:
     # -- simple queries ------------------------------------------------------------------------------
 
     def _query(self, text: bytes) -> Steps:
-        if text == RESET and not (self.transaction.is_open or self.carrier.touched):
+        if text == control.RESET and not (self.transaction.is_open or self.carrier.touched):
             self.ear.channels.clear()
-            self.client.send(RESET_DONE)
+            self.client.send(control.RESET_DONE)
             return
         decoded = text.decode("utf-8", "surrogateescape")
         script = read(decoded)
@@ -512,13 +498,13 @@ class Conversation:
                 yield from self._forget(forgets.tag)
                 return
             text = decoded.encode("utf-8", "surrogateescape")
-        parts = self.session.capture.is_wanted and text != RESET and has_parts(script)
+        parts = self.session.capture.is_wanted and text != control.RESET and has_parts(script)
         if not (parts or has_local(script, transaction)):
             end = yield from self._run(text, decoded, only_reads=script.reads, holds=True)
             yield from self.carrier.commit_implicit()
             if end:
                 self.client.send(end)
-            if text == RESET:
+            if text == control.RESET:
                 self.carrier.touched = False
                 self.ear.channels.clear()
             return
