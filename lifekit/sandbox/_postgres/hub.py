@@ -125,7 +125,7 @@ class Hub:
         for client in self.clients.values():
             if not self._rests(client, depth):
                 return False
-        return not any([each.is_busy for each in self._sessions.values()])
+        return not any(each.is_busy for each in self._sessions.values())
 
     @staticmethod
     def _rests(client: VirtualConnection, depth: int) -> bool:
