@@ -7,6 +7,7 @@ workers are told by an event of multiprocessing, which they ask ten times a seco
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -21,7 +22,8 @@ Handler = Callable[[int, FrameType | None], Any]
 
 _listeners: dict[object, Callable[[], None]] = {}
 _delays: dict[object, float] = {}
-_chained: dict[int, tuple[Handler, Handler]] = {}
+_chained: list[tuple[int, Handler, Handler]] = []
+"""Signals, our handlers, and those that they were chained in front of."""
 _event: Any = None
 
 
@@ -69,13 +71,17 @@ def listen(listener: object, told: Callable[[], None], delay: float = 0.0) -> No
     global _event, _delay
     if threading.get_ident() != threading.main_thread().ident:
         return
+    for lost in [each for each in _listeners if _is_lost(each)]:
+        forget(lost)
+    ours = [handler for _, handler, _ in _chained]
+    for number in SIGNALS:
+        found = getsignal(number)
+        if callable(found) and found not in ours:  # else a server has come since
+            handler = _in_front_of(found)
+            _chained.append((number, handler, found))
+            set_handler(number, handler)
     if not _listeners:
         _delay = _Delay()
-        for number in SIGNALS:
-            found = getsignal(number)
-            if callable(found):
-                _chained[number] = (_in_front_of(found), found)
-                set_handler(number, _chained[number][0])
         if (event := _event_of_hypercorn()) is not None and "is_set" not in vars(event):
             _event = event
             event.is_set = _asked_in_front_of(event.is_set)
@@ -89,13 +95,19 @@ def forget(listener: object) -> None:
     if _listeners.pop(listener, None) is None or _listeners:
         return
     _delay.cancel()
-    for number, (ours, found) in _chained.items():
+    for number, ours, found in reversed(_chained):
         if getsignal(number) is ours:
             set_handler(number, still_wanted(found))
     _chained.clear()
     if _event is not None:
         del _event.is_set
         _event = None
+
+
+def _is_lost(listener: object) -> bool:
+    # Its event loop was closed under it.
+    loop = getattr(listener, "loop", None)
+    return isinstance(loop, asyncio.AbstractEventLoop) and loop.is_closed()
 
 
 def _tell() -> None:

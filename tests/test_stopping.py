@@ -65,6 +65,41 @@ async def test_handlers_are_put_back_by_the_last_one_and_a_newer_one_stays(heard
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
+def test_a_lifespan_whose_loop_was_closed_listens_no_more(heard: list[str]) -> None:
+    found = signal.getsignal(signal.SIGTERM)
+    lost = Registry().lifespan()
+
+    async def leave_open() -> None:
+        await lost.__aenter__()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave_open())
+    loop.close()
+
+    async def run() -> None:
+        async with Registry().lifespan():
+            assert signal.getsignal(signal.SIGTERM) is not found
+
+    asyncio.run(run())
+    assert signal.getsignal(signal.SIGTERM) is found
+
+
+async def test_what_a_server_installs_later_is_chained_too(heard: list[str]) -> None:
+    def of_another(number: int, frame: object) -> None:
+        heard.append("another's")
+
+    found = signal.getsignal(signal.SIGTERM)
+    async with Registry().lifespan():
+        before = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, of_another)
+        async with Registry().lifespan():
+            signal.raise_signal(signal.SIGTERM)
+            assert lifekit.stopping().is_set()
+        signal.signal(signal.SIGTERM, before)  # as a server does that ends
+    assert heard == ["another's"]
+    assert signal.getsignal(signal.SIGTERM) is found
+
+
 async def test_signals_are_left_alone_where_the_registry_says_so(heard: list[str]) -> None:
     found = signal.getsignal(signal.SIGTERM)
     async with Registry(signals=False).lifespan():

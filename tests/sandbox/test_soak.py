@@ -9,7 +9,7 @@ import pytest
 
 from .soak import soak
 
-BLOCKS = int(os.environ.get("LIFEKIT_SOAK_BLOCKS", "100"))
+BLOCKS = int(os.environ.get("LIFEKIT_SOAK_BLOCKS", "40"))
 SEED = int(os.environ.get("LIFEKIT_SOAK_SEED", "1"))
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(0), pytest.mark.filterwarnings("ignore")]
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(0), pytest.mark.filterwarnin
 
 def test_whatever_is_cut_off_nothing_hangs_and_nothing_is_left() -> None:
     """The server, too, is killed every so often."""
-    figures = asyncio.run(soak(BLOCKS, SEED, crash_every=40))
+    figures = asyncio.run(soak(BLOCKS, SEED, crash_every=15))
     print(figures)
     assert figures.blocks == BLOCKS
     assert figures.outcomes["fine"] > BLOCKS
