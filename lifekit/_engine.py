@@ -390,7 +390,9 @@ class Engine(View):
 
     def failed(self, node: Node, failure: tuple[BaseException, float | None]) -> None:
         """Tell of a run of a worker that failed, and when it is run again: None is never."""
-        if not self._stop_asked:
+        if self._stop_asked or node.rests:  # the last one, of which nothing else would tell
+            self.close_failed(node, ("run", failure[0]))
+        else:
             self._tell(events.WorkerFailed, node.resource.name, *failure)
 
     def crashed(self, node: Node, error: BaseException | None) -> None:

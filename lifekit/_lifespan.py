@@ -26,6 +26,7 @@ from ._overrides import (
     overrides,
     refuse_useless,
 )
+from ._redact import redact
 from ._resource import Resource
 from ._running import Start, current, everywhere, why_not_open, wrong_loop
 from ._sandbox import Block, Sandboxing, sandboxing, workers_wanted
@@ -85,7 +86,7 @@ class Lifespan(Mapping[str, Any]):
         self.crashes: list[tuple[str, str, Exception]] = root.crashes if root is not None else []
         self.has_crashed = False
         self._checks: Checks | None = None
-        self._stop_asked = False
+        self._stop_asked = self._ends_body = False
         self._served = False
         self._body: Body | None = None
         self._soon: Callable[[Callable[[], object]], object] = lambda call: call()
@@ -242,6 +243,8 @@ class Lifespan(Mapping[str, Any]):
         self.variables = self._variables = (*self._root._variables, *engine.variables)
         if self._root is self:
             self._body = body(entering)
+            if self._ends_body and self._body is not None:
+                self._body.cancel()
         return self
 
     async def __aexit__(
@@ -347,12 +350,15 @@ class Lifespan(Mapping[str, Any]):
         if root._stop_asked or root._left or root._engine.stopping:
             return
         root._stop_asked = True
-        events.logger.warning(f"{self.registry.name} is asked to stop: {reason or 'no reason given'}")
+        why = redact(reason) if reason else "no reason given"
+        events.logger.warning(f"{self.registry.name} is asked to stop: {why}")
         root.stopping.set()
         if not root._engine.ready.is_set():
             root._engine.stop()
-        elif not (root._served and stop_server()) and root._body is not None:
-            root._body.cancel()
+        elif not (root._served and stop_server()):
+            root._ends_body = True  # which may be about to begin
+            if root._body is not None:
+                root._body.cancel()
 
     async def health(self) -> Health:
         """Check all resources again, at once, and return how they, the workers and the whole are.

@@ -871,14 +871,15 @@ async def test_a_held_task_group_may_be_cancelled_at_the_end() -> None:
         pass
 
 
-async def check_a_failing_child(group: Callable[[], Any], start: str) -> None:
+async def check_a_failing_child(group: Callable[[], Any], start: str, steps: int = 1) -> None:
     registry = Registry()
     failed = anyio.Event()
     log: list[str] = []
     with_steps = [WithCloseAndWait(), WithCloseAndWait()]
 
     async def child() -> None:
-        await checkpoint()
+        for _ in range(steps):
+            await checkpoint()
         failed.set()
         raise ZeroDivisionError
 
@@ -911,6 +912,12 @@ async def check_a_failing_child(group: Callable[[], Any], start: str) -> None:
 
 async def test_a_child_that_fails_is_a_crash_that_ends_the_body_and_all_is_closed_in_order() -> None:
     await check_a_failing_child(anyio.create_task_group, "start_soon")
+
+
+async def test_a_child_that_fails_as_the_body_begins_ends_it_too() -> None:
+    for steps in [*range(1, 5)] * 8:  # trio's tasks run in a random order
+        with anyio.fail_after(60):
+            await check_a_failing_child(anyio.create_task_group, "start_soon", steps)
 
 
 @on_asyncio
