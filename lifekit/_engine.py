@@ -29,6 +29,7 @@ from ._interrupts import hold, let_go
 from ._life import LAST_CALL, Life
 from ._node import RUNNING, Node, State, Variables, belongs_to
 from ._resource import Resource
+from ._sandbox import current_block
 from ._stand_in import redact_error
 from ._stopping import Stopping, of_worker
 from ._telling import Teller
@@ -383,6 +384,7 @@ class Engine(View):
         node.scope, node.closing_scope = self.scope(shield=True), self.scope()
         context = self._context_for(node)
         context.run(of_worker.set, (self._lifespan, node.notice))
+        context.run(current_block.set, self.block())  # after which what it started is refused
         name = f"lifekit {self.name}.{node.resource.name}"
         node.task = spawn(
             Working(self, node).run(), name, lambda: self.report(node, self.ended, None), context

@@ -45,7 +45,6 @@ def let_go(holder: object) -> None:
     for number, handler in _before.items():
         if getsignal(number) is _handle:
             set_handler(number, still_wanted(handler))
-    _before.clear()
 
 
 def still_wanted(handler: Any) -> Any:
@@ -61,5 +60,5 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _before[number](number, frame)
     except BaseException as error:
         held = [raised(error) for raised in _holders.values()]
-        if not all(held):
+        if not held or not all(held):  # who saved this handler may put it back when nobody holds
             raise

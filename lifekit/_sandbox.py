@@ -64,7 +64,7 @@ class Block:
     def __init__(self, lifespan: Lifespan, location: Site, *, workers: bool = True) -> None:
         self.location = location
         self.over: bool = False
-        self._is_left = False
+        self._is_leaving = self._is_left = False
         self.works: bool = workers and lifespan.works
         self.lifespan = lifespan
         self._begun: list[tuple[str, Sandbox]] = []
@@ -82,7 +82,7 @@ class Block:
             SandboxUnsupportedError: It is in a block, and a value can't be in two.
         """
         lifespan = self.lifespan
-        if self.over or self._begun:
+        if self._is_leaving or self._begun:
             raise SandboxError(f"the sandbox at {self.location} was entered before: make another one")
         if not lifespan.sandboxed:
             raise SandboxError(
@@ -178,12 +178,12 @@ class Block:
             SandboxError: A block inside it was still in use. It ended with this one.
             CrashError: A worker has crashed; likewise.
         """
-        if self.over:
+        if self._is_leaving:
             return
-        self.over = True
+        self._is_leaving = True
         if current_block.get() is self:
             outer = self._outer
-            while outer is not None and outer.over:  # which ended first
+            while outer is not None and outer._is_leaving:  # which ended first
                 outer = outer._outer
             current_block.set(outer)
         try:
@@ -204,7 +204,7 @@ class Block:
         inner = self.lifespan.block
         if inner is not None and inner is not self:
             try:
-                if inner.over and not inner._is_left:  # another task is about to leave it
+                if inner._is_leaving and not inner._is_left:  # another task is about to leave it
                     inner._ended = anyio.Event()
                     await sit_out(inner._ended)
                 await inner.__aexit__(None, None, None)
@@ -224,7 +224,7 @@ class Block:
                 await self._end(self._begun)
             except Exception as failure:
                 failures.append(failure)
-            if self._around is not None and self._around.works and not self._around.over:
+            if self._around is not None and self._around.works and not self._around._is_leaving:
                 await self._around._begin_work()
             self._raise(failures)
         if left:
@@ -241,7 +241,10 @@ class Block:
             await resume(crew_of(layers), layers)
 
     async def _end_work(self) -> list[Exception]:
-        """End the workers; return what crashed, and what did not end."""
+        """End the workers; return what crashed, and what did not end.
+
+        They are at work in the block until then, and nobody afterwards.
+        """
         layers, failures = self.lifespan._layers(), list[Exception]()  # pyright: ignore[reportPrivateUsage]
         if any(layer.crew for layer in layers):
             from ._resting import crew_of, suspend
@@ -251,11 +254,13 @@ class Block:
                 if (interrupt := await suspend(crew_of(layers))) is not None:
                     raise interrupt
             except BaseException:
+                self.over = True
                 await self._end(self._begun)  # what was done is undone all the same
                 raise
             for failed, before in known:
                 failures += [error for _, _, error in failed[before:]]
                 del failed[before:]
+        self.over = True
         if crashes := self.lifespan.crashes:
             failures.append(CrashError.of(self.lifespan.registry.name, crashes))
             crashes.clear()

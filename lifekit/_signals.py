@@ -102,6 +102,9 @@ def forget(listener: object) -> None:
     if _event is not None:
         del _event.is_set
         _event = None
+    if not _delay.is_over:
+        for _ in range(_delay.held):  # which the server has not heard
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _is_lost(listener: object) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from fastapi import FastAPI
 
-from lifekit import CrashError, Lifespan, Registry, Resource, testing
+from lifekit import CrashError, Lifespan, Registry, Resource, SandboxEscapedError, testing
 from lifekit.embedded import Server
 
 pytestmark = pytest.mark.anyio
@@ -288,3 +288,31 @@ def test_a_worker_can_t_be_overridden(shop: Shop) -> None:
     worker: Resource[object] = shop.payer
     with pytest.raises(Exception, match="is a worker"):
         shop.registry.override(worker, object())
+
+
+@on_asyncio
+async def test_what_a_worker_started_is_refused_after_its_block(postgres: Server) -> None:
+    registry, go_on = Registry("shop"), asyncio.Event()
+    started: list[asyncio.Task[str]] = []
+
+    @registry.resource
+    def db() -> asyncpg.Pool:
+        return asyncpg.create_pool(postgres.url, min_size=1)
+
+    async def late(db: asyncpg.Pool) -> str:
+        await go_on.wait()
+        return str(await db.execute("CREATE TABLE late ()"))
+
+    @registry.worker(db)
+    async def starter(db: asyncpg.Pool) -> None:
+        started.append(asyncio.create_task(late(db)))
+        await anyio.sleep_forever()
+
+    with testing.sandboxing():
+        async with registry.lifespan() as lifespan:
+            async with lifespan.sandbox():
+                while not started:
+                    await checkpoint()
+            go_on.set()
+            with pytest.raises(SandboxEscapedError, match="started inside the sandbox"):
+                await started[0]
