@@ -385,10 +385,8 @@ class Engine(View):
         context = self._context_for(node)
         context.run(of_worker.set, (self._lifespan, node.notice))
         context.run(current_block.set, self.block())  # after which what it started is refused
-        name = f"lifekit {self.name}.{node.resource.name}"
-        node.task = spawn(
-            Working(self, node).run(), name, lambda: self.report(node, self.ended, None), context
-        )
+        name, work = f"lifekit {self.name}.{node.resource.name}", Working(self, node).run()
+        node.task = spawn(work, name, lambda: self.report(node, self.ended, None), context)
 
     def failed(self, node: Node, failure: tuple[BaseException, float | None]) -> None:
         """Tell of a run of a worker that failed, and when it is run again: None is never."""

@@ -116,7 +116,7 @@ class Block:
 
     def _check_inside(self, around: Block) -> None:
         lifespan = self.lifespan
-        if not around.contains(self._outer):
+        if around._is_leaving or not around.contains(self._outer):
             raise SandboxBusyError(
                 f"the lifespan made at {lifespan.location} is in the sandbox at {around.location}, and "
                 f"the one at {self.location} was not entered by code that was started inside that. "
@@ -220,6 +220,7 @@ class Block:
                 await self.lifespan.undo(left[0])
         finally:
             failures = await self._end_work()
+            self.over = True  # until then workers may end what they are at
             try:
                 await self._end(self._begun)
             except Exception as failure:
@@ -241,10 +242,7 @@ class Block:
             await resume(crew_of(layers), layers)
 
     async def _end_work(self) -> list[Exception]:
-        """End the workers; return what crashed, and what did not end.
-
-        They are at work in the block until then, and nobody afterwards.
-        """
+        """End the workers; return what crashed, and what did not end."""
         layers, failures = self.lifespan._layers(), list[Exception]()  # pyright: ignore[reportPrivateUsage]
         if any(layer.crew for layer in layers):
             from ._resting import crew_of, suspend
@@ -254,13 +252,12 @@ class Block:
                 if (interrupt := await suspend(crew_of(layers))) is not None:
                     raise interrupt
             except BaseException:
-                self.over = True
+                self.over = self._is_leaving
                 await self._end(self._begun)  # what was done is undone all the same
                 raise
             for failed, before in known:
                 failures += [error for _, _, error in failed[before:]]
                 del failed[before:]
-        self.over = True
         if crashes := self.lifespan.crashes:
             failures.append(CrashError.of(self.lifespan.registry.name, crashes))
             crashes.clear()

@@ -215,3 +215,11 @@ def named_like(kind: Any) -> dict[str, Any]:
     """Return the attributes by which a class made of *kind* says that it is the same."""
     names = ("__doc__", "__module__", "__qualname__")
     return {"_made_by_lifekit": True, **{name: getattr(kind, name) for name in names}}
+
+
+def called_like(kind: Any, derived: Any) -> Any:
+    """Give *derived* the names of *kind*, for which it is to pass."""
+    derived.__name__ = kind.__name__
+    for name, value in named_like(kind).items():
+        setattr(derived, name, value)
+    return derived

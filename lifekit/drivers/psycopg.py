@@ -21,7 +21,7 @@ from lifekit._redact import redact
 from lifekit._sandbox import refuse_stragglers
 
 from . import Gateway, Sandbox, judge
-from ._checkouts import Checkouts, Pooled, named_like, pool_sandbox
+from ._checkouts import Checkouts, Pooled, called_like, pool_sandbox
 from ._doors import by_way_of
 
 if TYPE_CHECKING:
@@ -93,14 +93,6 @@ def _noting(kind: Any) -> Any:
                 raise
 
     return called_like(kind, Noting)
-
-
-def called_like(kind: Any, derived: Any) -> Any:
-    """Give *derived* the names of *kind*, for which it is to pass."""
-    derived.__name__ = kind.__name__
-    for name, value in named_like(kind).items():
-        setattr(derived, name, value)
-    return derived
 
 
 @functools.cache

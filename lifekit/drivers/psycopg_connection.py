@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -15,7 +16,7 @@ from lifekit._redact import redact
 from lifekit._sandbox import refuse_stragglers
 
 from . import judge
-from ._checkouts import Checkouts, Connected, mix_in
+from ._checkouts import Checkouts, Connected, called_like
 from ._doors import Door, Here, checkout
 
 if TYPE_CHECKING:
@@ -31,15 +32,22 @@ checkouts: Checkouts = Checkouts("psycopg")
 _MEND = "Let the factory connect, so that each lifespan gets its own."
 
 
-class _InTests:
-    """What the class of a connection is mixed with in test mode, where a use may be too late."""
+@functools.cache
+def _in_tests(kind: Any) -> Any:
+    """Return the class that a connection of *kind* gets in test mode, where a use may be too late."""
 
-    __slots__ = ()
+    # Of that one base: beside another the layout would differ.
+    base = psycopg.BaseConnection if TYPE_CHECKING else kind
 
-    def wait(self, *args: Any, **options: Any) -> Any:
-        # All that it sends it waits for; the async one's returns a coroutine.
-        refuse_stragglers("a connection of psycopg")
-        return cast(Any, super()).wait(*args, **options)
+    class InTests(base):  # type: ignore[misc,valid-type]
+        __slots__ = ()
+
+        def wait(self, *args: Any, **options: Any) -> Any:
+            # All that it sends it waits for; the async one's returns a coroutine.
+            refuse_stragglers("a connection of psycopg")
+            return super().wait(*args, **options)
+
+    return called_like(kind, InTests)
 
 
 class _Connections(Connected[T]):
@@ -150,7 +158,7 @@ def _through(connect: Any, here: Here) -> Any:
         pointed = make_conninfo("", **redirected(given, gateway))
         connection = yield from connected(kind, pointed)
         if gateway.made(connection, async_driver.number, by):
-            mix_in(_InTests, connection)
+            connection.__class__ = _in_tests(cast("Any", type(connection)))
         return connection
 
     return classmethod(by_gateway)

@@ -391,9 +391,8 @@ class Carrier:
                 self.conversation.send(messages.warning(NO_TRANSACTION, text))
         yield from self._listen(texts)
         # Some things can't be asked any more when it has run.
-        if not only_reads and self.session.deferrable is None:
-            guard, answers = self._guard()
-            self.session.ask_for_deferrable(guard, answers)
+        if not only_reads and self.session.deferrable is None and not self.transaction.failed:
+            yield from self._learn_deferrable()
         changes = [found for text in texts if (found := settings.sets(text))]
         if not changes:
             return
@@ -418,6 +417,14 @@ class Carrier:
             for name in base if each.resets_all else each.session:
                 self._locals.pop(name, None)
                 self._sets.add(name)
+
+    def _learn_deferrable(self) -> Steps:
+        exchange = yield from self._own(self.session.own("deferrable") + SYNC)
+        if exchange.guard_failed:
+            raise Failure(INTERNAL, ESCAPED, self.session.escape or "")
+        if exchange.error is not None:
+            self._tell(exchange)
+        self.session.take_deferrable(exchange.rows)
 
     def _note(self, texts: Iterable[str], *, only_reads: bool) -> None:
         transaction, session = self.transaction, self.session
@@ -497,10 +504,7 @@ class Carrier:
     def _commit_on_session(self) -> Steps:
         wrote = self.transaction.wrote if self.transaction.is_open else self._wrote
         if wrote and self.session.deferrable is None:
-            exchange = yield from self._own(self.session.own("deferrable") + SYNC)
-            if exchange.error is not None:
-                self._tell(exchange)
-            self.session.take_deferrable(exchange.rows)
+            yield from self._learn_deferrable()
         by_name = not (
             {"role", "session_authorization"} & {*self._locals, *self._sets, *self._settings}
         )

@@ -92,9 +92,13 @@ class _Upstream:
 
 def _identity(connected: socket.socket) -> object:
     # The same for all names of one server's address.
+    try:
+        name = connected.getpeername()
+    except OSError:  # it is lost already, which reading tells
+        return object()
     if connected.family == socket.AF_UNIX:
-        return os.path.realpath(connected.getpeername())
-    host, port = connected.getpeername()[:2]
+        return os.path.realpath(name)
+    host, port = name[:2]
     return "loopback" if host == "::1" or host.startswith("127.") else host, port
 
 

@@ -276,7 +276,7 @@ class Hub:
         self.depth = 1
         for client in self.clients.values():
             client.ask_for_channels()
-        waiting = {client.relay for client in self.clients.values() if client.waits}
+        waiting = {client.relay for client in self.clients.values() if client.stays_outside()}
         for each in list(self._sessions.values()):
             lender = self._lenders[each]
             if lender.is_idle and lender not in waiting:
@@ -342,9 +342,18 @@ class Hub:
         for each in self._sessions.values():
             each.deferrable = None
 
-    def wakes(self, client: VirtualConnection) -> None:
-        """Move a client that says something into the block, unless it is in the midst of something."""
-        if not self.is_open or not client.is_idle:
+    def forgets(self, relay: Relay) -> None:
+        """Take note that what is prepared on a connection is forgotten: the next block begins anew."""
+        for each, lender in list(self._lenders.items()):
+            if lender is relay:
+                self._drop(each)
+
+    def wakes(self, client: VirtualConnection, *, is_late: bool = False) -> None:
+        """Move a client that says something into the block, unless it is in the midst of something.
+
+        One that *is_late* has said it before the end began that is under way.
+        """
+        if not (self.is_open or (is_late and self._ended is not None)) or not client.is_idle:
             return
         client.ask_for_channels()
         if client.is_asking:
@@ -431,6 +440,8 @@ class Hub:
                 self.cut_off(client)
                 if not self.depth:
                     client.leave()
+            elif client.is_asking:
+                self.cut_off(client)
         if self.depth and self._at_rest is not None:
             # What they did is cancelled: that takes a moment, and the outer block is to stay.
             self._overdue = self._later(_UNTIL_CANCELLED, self._cut_the_rest)
@@ -471,7 +482,7 @@ class Hub:
         self._turned()
         assert ended is not None
         ended(wrong)
-        if self._waiting:
+        while self._waiting and self._ended is None:
             self._waiting.popleft()()
 
     def _undone(self, each: Session, relay: Relay, problem: str | None) -> None:
@@ -500,5 +511,7 @@ class Hub:
             self._orphans.discard(relay)
             self._close(relay)
         for client in list(self.clients.values()):
-            if client.relay is relay:
+            if client.relay is relay and broken:
+                self.cut_off(client)
+            elif client.relay is relay:
                 client.released()

@@ -364,16 +364,6 @@ class Session:
 
     # -- commits -------------------------------------------------------------------------------------
 
-    def ask_for_deferrable(self, guard: bytes, answers: int) -> None:
-        """Ask what a commit may have to check; the answer comes before any other."""
-
-        def answered(exchange: Exchange) -> None:
-            if self.deferrable is not None:  # else a change of the schema has come behind it
-                self.take_deferrable(exchange.rows)
-
-        self.deferrable = "", ""
-        self.send(None, answered, guard + self.own("deferrable") + SYNC, answers)
-
     def take_deferrable(self, rows: Sequence[Sequence[str | None]]) -> None:
         """Take note of what a commit may have to check."""
         named, deferred = rows[0] if rows and len(rows[0]) == 2 else ("", "")

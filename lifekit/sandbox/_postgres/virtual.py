@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 PROTOCOL_VIOLATION = "08P01"
 
-_CHANGES = re.compile(rb"set|discard|listen|create|alter|drop", re.IGNORECASE)
+_CHANGES = re.compile(rb"set|discard|deallocate|listen|create|alter|drop", re.IGNORECASE)
 """What is in a text that changes the session's own state, or the schema."""
+_FORGETS = re.compile(rb"\b(discard|deallocate)\b", re.IGNORECASE)
 _SCHEMA = re.compile(rb"\b(create|alter|drop)\b", re.IGNORECASE)
 _ENDS = frozenset((Frontend.SYNC, Frontend.QUERY, Frontend.FUNCTION_CALL))
 """What the server answers with a ReadyForQuery."""
@@ -72,6 +73,7 @@ class VirtualConnection:
         self._frames = Frames(Frontend.ALL)
         self._unsent: list[bytes] = []
         self._held = b""  # what came while its own connection was still another's
+        self._is_held: bool | None = None  # inside of a block, or outside of all
         self._begun = b""  # of its first message, and what came before the server was reached
 
     def send(self, data: bytes) -> None:
@@ -104,9 +106,10 @@ class VirtualConnection:
         """Whether it may be moved into a block: nothing is under way on its own connection."""
         return self.relay is not None and self.relay.is_ready and self.relay.is_idle
 
-    @property
-    def waits(self) -> bool:
-        """Whether it has said something that is for its own connection, which is still another's."""
+    def stays_outside(self) -> bool:
+        """Return whether it has said something that is for its own connection, still another's."""
+        if self._held:
+            self._is_held = False
         return bool(self._held)
 
     def enter(self, session: Session) -> None:
@@ -193,6 +196,8 @@ class VirtualConnection:
         held, self._held = self._held, b""
         if held:
             self.receive(held)
+        if not self._held:
+            self._is_held = None
 
     def _take(self, data: bytes) -> None:
         assert self.relay is not None
@@ -200,17 +205,17 @@ class VirtualConnection:
         if self.is_asking or (lent and self.conversation is None and not self.hub.is_open):
             self._held += data  # or the block is being undone there
             return
-        if self.hub.is_turning and self._may_wait():
+        if self.hub.is_turning and self._is_held is not True and self._may_wait():
             self._held += data
             return
         data, found = self._frames.feed(data)
         if not found:
             return
-        if self.conversation is None:
-            self.hub.wakes(self)
+        if self.conversation is None and self._is_held is not False:
+            self.hub.wakes(self, is_late=self._is_held is True)
         conversation = self.conversation
         if self.is_asking:
-            self._held = data + self._held
+            self._held, self._is_held = data + self._held, True
             return
         if conversation is None:
             self._relay(data, found)
@@ -264,6 +269,8 @@ class VirtualConnection:
         if _SCHEMA.search(text) is not None:
             self.hub.schema_changes()
         assert self.relay is not None
+        if _FORGETS.search(text) is not None:
+            self.hub.forgets(self.relay)
         decoded = text.decode("utf-8", "surrogateescape")
         if listens(decoded):
             self._may_listen, self.channels = True, None
@@ -290,6 +297,7 @@ class VirtualConnection:
                 self.settings = dict(zip(asked, row, strict=True))
             self._asked, self.is_asking = names, False
             self.released()
+            self.hub.rests_in_block()
 
         self.is_asking = True
         relay.ask_for(messages.query(asking(asked).encode()), got)
@@ -309,6 +317,7 @@ class VirtualConnection:
             self.channels = channels_in(row[0] if row else None)
             self.is_asking = False
             self.released()
+            self.hub.rests_in_block()
 
         self.is_asking = True
         self.relay.ask_for(messages.query(CHANNELS.encode()), got)
