@@ -45,7 +45,7 @@ def _in_tests(kind: Any) -> Any:
         def wait(self, *args: Any, **options: Any) -> Any:
             # All that it sends it waits for; the async one's returns a coroutine.
             refuse_stragglers("a connection of psycopg")
-            return super().wait(*args, **options)
+            return cast(Any, super()).wait(*args, **options)
 
     return called_like(kind, InTests)
 

@@ -32,15 +32,19 @@ def test_each_module_can_be_imported_unless_it_is_of_one_driver(installed: Envir
     assert lacking == {
         "lifekit.drivers.aiopg": "psycopg2",
         "lifekit.drivers.asyncpg": "asyncpg",
+        "lifekit.drivers.pg8000": "pg8000",
         "lifekit.drivers.psycopg": "psycopg",
+        "lifekit.drivers.psycopg2": "psycopg2",
+        "lifekit.drivers.psycopg_connection": "psycopg",
         "lifekit.drivers.redis": "redis",
         "lifekit.drivers.sqlalchemy": "greenlet",
         "lifekit.pytest_plugin": "pytest",
-        "lifekit.sandbox._redis_gate": "redis",
+        "lifekit.sandbox._redis_filter": "redis",
         "lifekit.sandbox._redis_lease": "redis",
         "lifekit.sandbox.redis": "redis",
         "lifekit.testing._loops": "pytest",
         "lifekit.testing._pytest": "pytest",
+        "lifekit.testing._seeds": "pytest",
     }
 
 
@@ -105,7 +109,7 @@ def test_with_its_extra_a_driver_works(
     assert output.splitlines() == {
         "httpx": [f"httpx {asked}", "closed: True", asked],
         "httpx2": [f"httpx2 {asked}", "closed: True", asked],
-        "redis": ["5", "None", "[False]"],
+        "redis": ["5", "None", "[]"],
         "trio": ["1", "0"],
         "embedded": ["postgresql", "redis", "gone", "gone"],
     }.get(extra, ["5", "None", "closed"])
