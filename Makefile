@@ -17,7 +17,7 @@ help:
 
 # -- what it does --------------------------------------------------------------------------------
 
-.PHONY: demo run test test-long test-package test-pythons test-lowest test-newest
+.PHONY: demo run test test-long test-proofs test-package test-pythons test-lowest test-newest
 .PHONY: fuzz lint format types bench bench-page docs docs-serve pictures test-site build
 demo: $(READY)  ## Run the example application: real servers, some requests, how it started and stopped
 	@echo "Starting PostgreSQL, Valkey and the example: a few seconds."
@@ -32,6 +32,9 @@ test: $(READY)  ## Run the tests; ARGS goes to pytest: make test ARGS="-k exampl
 
 test-long: $(READY)  ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m long --timeout 1200 $(ARGS)
+
+test-proofs: $(READY)  ## Run what is run before a release: other libraries' suites, random applications
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m proof --timeout 1200 $(ARGS)
 
 test-package: $(READY)  ## Build the package, install it alone and with each extra, and use it
 	@$(BIN)/python -m pytest -m package $(ARGS) tests/package

@@ -53,10 +53,14 @@ async def two() -> AsyncGenerator[Two]:
         def db() -> asyncpg.Pool[Any]:
             return asyncpg.create_pool(server.url, min_size=1)
 
-        with sandboxing():
-            async with registry.lifespan() as lifespan, asyncpg.create_pool(server.url) as bare:
-                await bare.execute(TABLES)
-                async with bare.acquire() as floor, lifespan[db].acquire() as ours:
+        async with asyncpg.create_pool(server.url) as bare:  # before all connections go by the gateway
+            await bare.execute(TABLES)
+            with sandboxing():
+                async with (
+                    registry.lifespan() as lifespan,
+                    bare.acquire() as floor,
+                    lifespan[db].acquire() as ours,
+                ):
                     yield Two(lifespan, floor, ours)
 
 

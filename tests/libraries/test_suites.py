@@ -19,7 +19,7 @@ import pytest
 
 from lifekit import embedded
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
 
 PLUGINS = Path(__file__).with_name("plugins")
 TWO_AT_ONCE = "another connection"

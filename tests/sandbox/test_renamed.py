@@ -17,7 +17,7 @@ from lifekit.embedded import Server
 
 from ..drivers.private_names import NAMES, Private
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(300)]
 _ROOT = Path(__file__).parents[2]
 
 

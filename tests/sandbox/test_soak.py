@@ -12,7 +12,7 @@ from .soak import soak
 BLOCKS = int(os.environ.get("LIFEKIT_SOAK_BLOCKS", "40"))
 SEED = int(os.environ.get("LIFEKIT_SOAK_SEED", "1"))
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(0), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(0), pytest.mark.filterwarnings("ignore")]
 
 
 def test_whatever_is_cut_off_nothing_hangs_and_nothing_is_left() -> None:
