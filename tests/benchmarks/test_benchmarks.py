@@ -40,7 +40,7 @@ def test_every_benchmark_has_an_expected_row() -> None:
 
 @pytest.mark.long  # whole runs of pytest
 def test_benchmarks_of_isolation_have_their_bars() -> None:
-    """What a block costs at both places; the two kinds of fixtures that the plugin's are compared with."""
+    """What a block costs at both places; the two kinds of fixtures beside the plugin."""
     rows = command.BENCHMARKS["sandbox"].tiny() + command.BENCHMARKS["suites"].tiny()
     in_block = ["query", "insert", "statement", "transaction", "rows", "thread"]
     suites = ["suite/function-scoped", "suite/session-scoped"]
