@@ -50,10 +50,10 @@ def plan(
     return Plan(ordered, declarations, tuple(parents), tuple(map(tuple, children)))
 
 
-def dependents(plan: Plan, resource: Resource[Any]) -> set[Resource[Any]]:
-    """Return *resource* and all that is built from it, directly or by others."""
-    found = {resource}
-    growing = True
+def dependents(plan: Plan, *resources: Resource[Any]) -> set[Resource[Any]]:
+    """Return *resources* and all that is built from them, directly or by others."""
+    found = set(resources)
+    growing = bool(found)
     while growing:
         needing = {
             each

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._backend import contexts_of_tasks, sit_out
 from ._errors import OverrideError
+from ._graph import dependents
 from ._node import RUNNING, Node, State, belongs_to
 from ._resource import Resource
 
@@ -47,16 +48,7 @@ def acting_in(layers: Sequence[Engine], rebuilt: set[Resource[Any]]) -> Some:
         for node in layer.own
         if node.resource in rebuilt and node.state is State.OPEN and _acts(node, contexts)
     }
-    declared = layers[-1].plan
-    growing = bool(acting)
-    while growing:
-        needing = {
-            each
-            for each, declaration in zip(declared.resources, declared.declarations, strict=True)
-            if not acting.isdisjoint(declaration.needs)
-        }
-        growing = not needing <= acting
-        acting |= needing
+    acting = dependents(layers[-1].plan, *acting)
     found: Some = {}
     for layer in reversed(layers):
         running = {node.resource for node in layer.own if node.state in RUNNING}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -231,12 +231,15 @@ def loaded() -> Iterator[Driver[Any]]:
                 yield _load(module)
 
 
-def doors() -> Iterator[Door]:
-    """Yield the doors of the clients of PostgreSQL that have been imported: see `_doors`."""
+def doors(known: Collection[str]) -> Iterator[tuple[str, Door]]:
+    """Yield the doors of the clients of PostgreSQL that have been imported and are not *known*.
+
+    Each with the name of its package; see `_doors`.
+    """
     for package, door in DOORS.items():
-        if sys.modules.get(package) is not None:
+        if package not in known and sys.modules.get(package) is not None:
             with suppress(ImportError, AttributeError):  # a stand-in for the package
-                yield _load(door)
+                yield package, _load(door)
 
 
 def _load(module: str) -> Any:

@@ -21,7 +21,7 @@ from lifekit._redact import redact
 from lifekit._sandbox import refuse_stragglers
 
 from . import Gateway, Sandbox, judge
-from ._checkouts import Checkouts, Pooled, called_like, pool_sandbox
+from ._checkouts import Checkout, Checkouts, Pooled, called_like, pool_sandbox
 from ._doors import by_way_of
 
 if TYPE_CHECKING:
@@ -64,11 +64,9 @@ def _noting(kind: Any) -> Any:
             try:
                 connection = await super().getconn(timeout)
             except (PoolTimeout, TooManyRequests, asyncio.CancelledError) as error:
-                if 0 < self.max_size <= len(out := _out(self)):  # cancelled, it becomes a TimeoutError
-                    checkouts.note_holders(error, out)
+                _note_holders(self, error)  # cancelled, it becomes a TimeoutError
                 raise
-            checkouts.note(connection, checkout)
-            self._out.add(connection)
+            _note_taken(self, connection, checkout)
             try:
                 refuse_stragglers("a pool of psycopg")  # the sandbox may have ended meanwhile
             except SandboxEscapedError:
@@ -111,11 +109,9 @@ def _noting_sync(kind: Any) -> Any:
             try:
                 connection = super().getconn(timeout)
             except (PoolTimeout, TooManyRequests) as error:
-                if 0 < self.max_size <= len(out := _out(self)):
-                    checkouts.note_holders(error, out)
+                _note_holders(self, error)
                 raise
-            checkouts.note(connection, checkout)
-            self._out.add(connection)
+            _note_taken(self, connection, checkout)
             try:
                 refuse_stragglers("a pool of psycopg")  # the sandbox may have ended meanwhile
             except SandboxEscapedError:
@@ -130,6 +126,16 @@ def _noting_sync(kind: Any) -> Any:
                 self._out.discard(conn)
 
     return called_like(kind, Noting)
+
+
+def _note_holders(pool: Any, error: BaseException) -> None:
+    if 0 < pool.max_size <= len(out := _out(pool)):
+        checkouts.note_holders(error, out)
+
+
+def _note_taken(pool: Any, connection: Any, checkout: Checkout) -> None:
+    checkouts.note(connection, checkout)
+    pool._out.add(connection)
 
 
 class _Pools(Pooled[T]):

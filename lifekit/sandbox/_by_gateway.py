@@ -360,9 +360,9 @@ class PoolSandbox(Sandbox, Generic[T]):
         Raises:
             SandboxEscapedError: It is not, for the factory had taken it before lifekit had the value.
         """
-        out = [ref(each) for each in self.driver.out(self.value)]
-        self._begun.append((current_block.get(), out))
-        for each in self.driver.out(self.value):
+        out = self.driver.out(self.value)
+        self._begun.append((current_block.get(), [ref(each) for each in out]))
+        for each in out:
             if not self._postgres.knows(self.driver.number(each)):
                 checkout = self.driver.checkouts.of(each)
                 raise SandboxEscapedError(
@@ -402,18 +402,14 @@ class PoolSandbox(Sandbox, Generic[T]):
         return True
 
     async def _left_over(self, block: Block | None, before: list[Any]) -> list[Any]:
-        # Tasks that are about to give back get a hundred rounds of the event loop. Where the task has
-        # ended already, the driver may do it just now: asyncpg waits there for what it cancels.
+        await _lets_go(lambda: next(self._strays(block, before), None) is None)
+        # Where its task has ended, the driver may give it back just now: asyncpg waits there for what
+        # it cancels.
         until = anyio.current_time() + GIVING_BACK
-        rounds = 0
         while strays := list(self._strays(block, before)):
-            rounds += 1
-            if rounds <= 100:
-                await checkpoint()
-            elif anyio.current_time() < until and any(map(self._is_over, strays)):
-                await anyio.sleep(0.005)
-            else:
+            if anyio.current_time() >= until or not any(map(self._is_over, strays)):
                 break
+            await anyio.sleep(0.005)
         return strays
 
     def _is_over(self, connection: Any) -> bool:

@@ -20,14 +20,15 @@ from lifekit import drivers
 from lifekit._errors import SandboxUnsupportedError
 from lifekit._running import current
 from lifekit._sandbox import current_block, refuse_stragglers
-from lifekit.drivers._doors import chosen
+from lifekit.drivers._doors import Door, chosen
 
 if TYPE_CHECKING:
     from ._by_gateway import PostgresSandbox  # which opens them
 
 _lock = threading.RLock()
 _sandboxes: list[PostgresSandbox] = []
-_originals: dict[tuple[Any, str], Any] = {}
+_originals: dict[str, tuple[Door, Any]] = {}
+"""By package: what is a door now, and what stood there."""
 
 
 def open_doors(sandbox: PostgresSandbox) -> None:
@@ -37,13 +38,12 @@ def open_doors(sandbox: PostgresSandbox) -> None:
             _sandboxes.append(sandbox)
         if _imports not in sys.meta_path:
             sys.meta_path.insert(0, _imports)
-        for door in drivers.doors():
-            key = door.owner, door.name
-            if key not in _originals:
-                # Of the owner itself: a class method is to be put back as one.
-                own = cast("dict[str, Any]", vars(door.owner))
-                original = _originals[key] = own[door.name]
-                setattr(door.owner, door.name, door.through(original, here))
+        for package, door in drivers.doors(_originals):
+            # Of the owner itself: a class method is to be put back as one.
+            own = cast("dict[str, Any]", vars(door.owner))
+            original = own[door.name]
+            _originals[package] = door, original
+            setattr(door.owner, door.name, door.through(original, here))
 
 
 def close_doors(sandbox: PostgresSandbox) -> None:
@@ -53,8 +53,8 @@ def close_doors(sandbox: PostgresSandbox) -> None:
         if _sandboxes:
             return
         while _originals:
-            (owner, name), original = _originals.popitem()
-            setattr(owner, name, original)
+            _, (door, original) = _originals.popitem()
+            setattr(door.owner, door.name, original)
         if _imports in sys.meta_path:
             sys.meta_path.remove(_imports)
 

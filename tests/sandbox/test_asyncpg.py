@@ -8,12 +8,11 @@ import json
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any, cast
 
 import anyio
 import asyncpg
-import psycopg2
 import pytest
 from anyio.lowlevel import checkpoint
 from asyncpg import exceptions
@@ -31,6 +30,7 @@ from lifekit.testing import sandboxing
 from ..virtual_time import pass_time
 from .conftest import SLEEPING, asleep
 from .differential import SCHEMA
+from .past import Past, database
 
 pytestmark = pytest.mark.anyio
 
@@ -61,18 +61,8 @@ def anyio_backend() -> object:
     return "asyncio", {"use_uvloop": False}
 
 
-class Outside:
+class Outside(Past):
     """A connection of its own to the same database."""
-
-    def __init__(self, url: str, connection: Any) -> None:
-        self.url = url
-        self._connection = connection
-
-    def ask(self, sql: str, *values: object) -> Any:
-        """The first value that a query gives."""
-        with self._connection.cursor() as cursor:
-            cursor.execute(sql, values or None)
-            return cursor.fetchone()[0] if cursor.description else None
 
     def sessions(self, where: str = "true") -> int:
         """How many other connections to this database the server has."""
@@ -82,27 +72,13 @@ class Outside:
         )
         return count
 
-    async def until(self, sql: str) -> None:
-        """Wait until a query gives true."""
-        with anyio.fail_after(60):
-            while not self.ask(sql):
-                await checkpoint()
-
 
 @pytest.fixture(scope="module")
 def outside(postgres: Server) -> Iterator[Outside]:
     """A database with the application's tables."""
-    with closing(psycopg2.connect(postgres.url)) as admin:
-        admin.autocommit = True
-        with admin.cursor() as cursor:
-            cursor.execute("DROP DATABASE IF EXISTS boxed_alone")
-            cursor.execute("CREATE DATABASE boxed_alone")
-    url = f"{postgres.url.rpartition('/')[0]}/boxed_alone"
-    with closing(psycopg2.connect(url)) as connection:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(SCHEMA)
-        yield Outside(url, connection)
+    with database(postgres.url, "boxed_alone", Outside) as outside:
+        outside.ask(SCHEMA)
+        yield outside
 
 
 class Box:

@@ -32,6 +32,7 @@ from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
 from .connections import OWN, VALUES, Connection, by_pg8000
+from .past import Past, database
 from .pools import POOLS, Pool
 
 pytestmark = pytest.mark.anyio
@@ -45,31 +46,10 @@ def anyio_backend() -> object:
     return "asyncio", {"use_uvloop": False}
 
 
-class Past:
-    """A connection that goes past the sandbox: it was made before there was one."""
-
-    def __init__(self, url: str, connection: Any) -> None:
-        self.url, self._connection = url, connection
-
-    def ask(self, sql: str) -> Any:
-        """Return the first value that a query gives."""
-        with self._connection.cursor() as cursor:
-            cursor.execute(sql)
-            return cursor.fetchone()[0] if cursor.description else None
-
-
 @pytest.fixture(scope="module")
 def past(postgres: Server) -> Iterator[Past]:
     """A database of this module's own."""
-    with closing(psycopg2.connect(postgres.url)) as admin:
-        admin.autocommit = True
-        with admin.cursor() as cursor:
-            cursor.execute("DROP DATABASE IF EXISTS connections")
-            cursor.execute("CREATE DATABASE connections")
-    url = f"{postgres.url.rpartition('/')[0]}/connections"
-    with closing(psycopg2.connect(url)) as connection:
-        connection.autocommit = True
-        past = Past(url, connection)
+    with database(postgres.url, "connections", Past) as past:
         past.ask("CREATE TABLE rows (n int CHECK (n > 0), id serial)")
         yield past
 

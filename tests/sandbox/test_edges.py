@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 import asyncpg
-import psycopg2
 import psycopg_pool
 import pytest
 from anyio.lowlevel import checkpoint
@@ -17,6 +16,8 @@ from anyio.lowlevel import checkpoint
 from lifekit import Lifespan, Registry, SandboxBusyError
 from lifekit.embedded import Server
 from lifekit.testing import sandboxing
+
+from .past import Past, connected
 
 pytestmark = pytest.mark.anyio
 
@@ -30,17 +31,10 @@ def anyio_backend() -> str:
 @pytest.fixture
 def past(postgres: Server) -> Any:
     """What asks past the gateway, and finds a table of rows."""
-    with closing(psycopg2.connect(postgres.url)) as connection:
-        connection.autocommit = True
-
-        def ask(sql: str) -> Any:
-            with connection.cursor() as cursor:
-                cursor.execute(sql)
-                return cursor.fetchone()[0] if cursor.description else None  # type: ignore[index]
-
-        ask("DROP TABLE IF EXISTS edges; CREATE TABLE edges (n int)")
-        yield ask
-        ask("DROP TABLE edges")
+    with connected(postgres.url, Past) as past:
+        past.ask("DROP TABLE IF EXISTS edges; CREATE TABLE edges (n int)")
+        yield past.ask
+        past.ask("DROP TABLE edges")
 
 
 COUNT = "SELECT count(*) FROM edges"

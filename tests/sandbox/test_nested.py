@@ -12,8 +12,9 @@ import pytest
 
 from lifekit import SandboxBusyError, SandboxEscapedError
 
+from .past import Past
 from .pools import POOLS, Asyncpg
-from .test_pools import ADD, House, Past, anyio_backend, house, kind, opened, past, refused
+from .test_pools import ADD, House, anyio_backend, house, kind, opened, past, refused
 
 __all__ = ["anyio_backend", "house", "kind", "past"]
 pytestmark = pytest.mark.anyio

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import anyio
-import psycopg2
 import pytest
 
 from lifekit import Lifespan, Registry, SandboxEscapedError
 from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
+from .past import Past, database
 from .pools import POOLS, Asyncpg, Pool, sqlstate
 from .streams import stream_of
 
@@ -66,37 +66,10 @@ def kind(request: pytest.FixtureRequest) -> Pool:
     return request.param  # type: ignore[no-any-return]
 
 
-class Past:
-    """A connection that goes past the sandbox."""
-
-    def __init__(self, url: str, connection: Any) -> None:
-        self.url, self._connection = url, connection
-
-    def ask(self, sql: str) -> Any:
-        """Return the first value that a query gives."""
-        with self._connection.cursor() as cursor:
-            cursor.execute(sql)
-            return cursor.fetchone()[0] if cursor.description else None
-
-    async def until(self, sql: str) -> None:
-        """Wait until a query gives true."""
-        with anyio.fail_after(60):
-            while not self.ask(sql):  # noqa: ASYNC110
-                await anyio.sleep(0.005)
-
-
 @pytest.fixture(scope="module")
 def past(postgres: Server) -> Iterator[Past]:
     """A database of this module's own."""
-    with closing(psycopg2.connect(postgres.url)) as admin:
-        admin.autocommit = True
-        with admin.cursor() as cursor:
-            cursor.execute("DROP DATABASE IF EXISTS pools")
-            cursor.execute("CREATE DATABASE pools")
-    url = f"{postgres.url.rpartition('/')[0]}/pools"
-    with closing(psycopg2.connect(url)) as connection:
-        connection.autocommit = True
-        past = Past(url, connection)
+    with database(postgres.url, "pools", Past) as past:
         past.ask("CREATE TABLE rows (n int CHECK (n > 0), id serial)")
         past.ask("CREATE TABLE one (i int PRIMARY KEY)")
         past.ask(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from lifekit.sandbox._sql import Verb, read
 
 from . import messages, settings
-from .control import NO_TRANSACTION, Ends, Failure, Transaction
+from .control import NO_TRANSACTION, UNSUPPORTED, Ends, Failure, Transaction
 from .listening import Listening
 from .messages import SYNC, Backend, Parse, ProtocolError
 from .notifications import COUNTER, COVERED, listens
@@ -25,7 +25,6 @@ from .session import Savepoint, Session
 if TYPE_CHECKING:
     from .conversation import Conversation  # which it carries
 
-UNSUPPORTED: Final = "0A000"
 INTERNAL: Final = "XX000"
 ESCAPED = "lifekit's sandbox: something ended its transaction behind its back"
 _MEANS_NOTHING = re.compile(r"\s*set\s+(local|constraints)\b", re.IGNORECASE)

@@ -231,18 +231,7 @@ class Gateway:
         tls = upstream.server.tls
         if tls is None:
             return
-        loop = asyncio.get_running_loop()
-        replied: asyncio.Future[bytes] = loop.create_future()
-
-        def take(reply: bytes) -> None:
-            if not replied.done():
-                replied.set_result(reply)
-
-        def got(reply: bytes) -> None:
-            loop.call_soon_threadsafe(take, reply)
-
-        self.place.post(upstream.ask_for_tls, got)
-        reply = await replied
+        reply = await self.place.run(upstream.ask_for_tls)
         if reply == b"S":
             await upstream.wire.start_tls(tls.context, tls.name or upstream.server.host)
         elif tls.is_required or not reply:

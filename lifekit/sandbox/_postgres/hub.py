@@ -9,6 +9,7 @@ from secrets import compare_digest, token_bytes
 from typing import NamedTuple, Protocol
 
 from . import messages, session
+from .control import UNSUPPORTED
 from .conversation import Conversation
 from .messages import CancelRequest, Startup
 from .real import Belongs, RealConnection, Relay
@@ -23,7 +24,6 @@ _LEFT_OPEN = (
 )
 FIRST_NUMBER = 1 << 30
 """No process of a server has the number of a client."""
-UNSUPPORTED = "0A000"
 UNREACHABLE = "08006"
 _UNTIL_CANCELLED = 2.0
 """Seconds until what was cancelled has surely ended."""

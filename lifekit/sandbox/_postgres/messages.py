@@ -98,13 +98,6 @@ class Frames:
         """Bytes of a message that has not arrived as a whole."""
         return len(self._rest)
 
-    def take_rest(self) -> bytes:
-        """Return what is held, and hold nothing."""
-        rest = bytes(self._rest)
-        self._rest.clear()
-        self._wanted = HEADER
-        return rest
-
     def feed(self, data: bytes) -> tuple[bytes, list[tuple[int, int, int]]]:
         """Return the bytes that are whole messages, and for each its kind, beginning and end in them.
 

@@ -32,8 +32,7 @@ WHERE name IN ('lock_timeout', 'idle_in_transaction_session_timeout', 'idle_sess
     'transaction_timeout')"""
 """Whether all of those are off, so that one of them is all that has to be set."""
 _NEWEST = b"SELECT max(oid) FROM pg_catalog.pg_constraint"
-_UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
-    (SELECT max(oid) FROM pg_catalog.pg_constraint)"""
+_UNLOCK = b"SELECT pg_catalog.pg_advisory_unlock_all(), (%b)" % _NEWEST
 """And tell the newest constraint, by which a change of the schema from elsewhere shows."""
 CLOSE_CURSORS = """DO $lifekit$ DECLARE commands text; BEGIN
 SELECT string_agg('CLOSE ' || quote_ident(name), ';') INTO commands FROM pg_catalog.pg_cursors

@@ -283,26 +283,13 @@ class Wire:
         Raises:
             OSError: The handshake failed; `ssl.SSLError` is one.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
 
-        def settle(error: OSError | None) -> None:
-            if done.done():
-                return
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
-
-        def ended(error: OSError | None) -> None:
-            loop.call_soon_threadsafe(settle, error)
-
-        def begin() -> None:
+        def begin(ended: Callable[[OSError | None], None]) -> None:
             self._tls = _Tls(context, host, self.write_raw, ended)
             self._tls.go_on()
 
-        self._place.post(begin)
-        await done
+        if (error := await self._place.run(begin)) is not None:
+            raise error
 
     def _end(self) -> None:
         self._close()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from . import messages
+from .control import ACTIVE_TRANSACTION as ACTIVE_TRANSACTION
 from .control import ALONE
 
-ACTIVE_TRANSACTION = "25001"
 LOCK_NOT_AVAILABLE = "55P03"
 
 IDLE = "lifekit's sandbox: another connection has a transaction open, and does nothing in it"
