@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ P = TypeVar("P", bound=Past)
 
 
 @contextmanager
-def database(server: str, name: str, kind: type[P]) -> Iterator[P]:
+def database(server: str, name: str, kind: type[P]) -> Generator[P]:
     """Make a database of that name anew, at the server of that URL."""
     with closing(psycopg2.connect(server)) as admin:
         admin.autocommit = True
@@ -45,7 +45,7 @@ def database(server: str, name: str, kind: type[P]) -> Iterator[P]:
 
 
 @contextmanager
-def connected(url: str, kind: type[P]) -> Iterator[P]:
+def connected(url: str, kind: type[P]) -> Generator[P]:
     """Connect to the database of that URL."""
     with closing(psycopg2.connect(url)) as connection:
         connection.autocommit = True
