@@ -66,11 +66,15 @@ def test_a_delayed_stop_is_unready_and_serves_on_until_the_server_hears_of_it(fl
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", list(SERVERS))
+@pytest.mark.parametrize("name", [name for name in SERVERS if name != "hypercorn-trio-no-workers"])
 def test_every_server_is_heard_first_where_it_hears_at_all(fleet: Fleet, name: str) -> None:
+    """The one that is left out hears of nothing: trio raises KeyboardInterrupt in some task of it."""
     (process,) = fleet([name], "working:app")
     connection = process.request("/stream")
-    assert connection.getresponse().readline() == b"tick\n"
-    process.interrupt() if name == "hypercorn-trio-no-workers" else process.terminate()
+    answer = connection.getresponse()
+    assert answer.readline() == b"tick\n"
+    process.terminate()
+    assert answer.read() == b""
+    connection.close()  # for which Hypercorn on trio waits
     process.ended()
     assert process.notes.index("stream ended") < process.notes.index("Stopping")

@@ -208,8 +208,9 @@ def test_endless_streams_are_cut_off_or_end_the_worker_as_the_page_says(
         assert process.notes[len(STARTED) :] == ["streaming"]
         assert ended == 0
     else:
-        assert process.notes[len(STARTED) :][:2] == ["streaming", "stream ended"]
-        assert all_closed(process.notes[len(STARTED) + 2 :])
+        notes = process.notes[len(STARTED) :]
+        assert notes.index("stream ended") < 3  # the server does not wait for what it cut off
+        assert all_closed([note for note in notes if not note.startswith("stream")])
         assert ended == status("stopped by SIGTERM", process)
 
 
