@@ -42,9 +42,11 @@ _FAKES = """
         aiocache.backends.memory dramatiq.brokers.stub fakeredis lifekit mongomock mongomock_motor
         taskiq.brokers.inmemory_broker
     """
+_BY_DOORS = "pg8000 piccolo.engine.postgres tortoise.backends.asyncpg tortoise.backends.psycopg"
+"""What connects by a client of PostgreSQL that has a door, and by nothing else."""
 _KNOWN = {
     **{package: what for what, packages in _STORES.items() for package in packages.split()},
-    **dict.fromkeys(_FAKES.split(), ""),
+    **dict.fromkeys([*_FAKES.split(), *_BY_DOORS.split()], ""),
 }
 
 
@@ -55,8 +57,15 @@ def package_of(value: object) -> tuple[str, str]:
         for end in range(len(parts), 0, -1):
             package = ".".join(parts[:end])
             if package in _KNOWN:
-                return (package, what) if (what := _KNOWN[package]) else ("", "")
+                what = "" if _is_by_doors(package, value) else _KNOWN[package]
+                return (package, what) if what else ("", "")
     return "", ""
+
+
+def _is_by_doors(package: str, value: Any) -> bool:
+    # `databases` has a client by the scheme of its URL.
+    scheme = str(getattr(value, "url", "")).partition(":")[0].partition("+")[0]
+    return package == "databases" and scheme in ("postgresql", "postgres")
 
 
 def refusal(
