@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from .differential import (
@@ -89,10 +89,9 @@ class SyncApplication(Application):
             self.busy = op.who
 
     def text(self, error: Exception) -> str:
-        # Where psycopg2 has connected to is a part of it.
-        text = re.sub(r"0x[0-9A-F]+|connection to server[^\n]* failed", "", super().text(error))
+        said = re.sub(r"0x[0-9A-F]+|(?<=c_)[0-9a-f]+_\d+", "", super().text(error))
         code = getattr(error.orig, "pgcode", None) if isinstance(error, DBAPIError) else None
-        return f"{text}, {code}"
+        return f"{said}, {code}"
 
     async def _in_thread(self, who: int, call: Callable[[], Any]) -> Any:
         context = contextvars.copy_context()
@@ -137,9 +136,11 @@ class SyncApplication(Application):
         return await self._on(who, act)
 
     async def raw(self, who: int, sql: str) -> Any:
-        """Of psycopg2's connection."""
+        """Of psycopg2's connection, in a transaction that SQLAlchemy knows of: it ends no other."""
 
         def act(connection: Any) -> Any:
+            if not connection.in_transaction():
+                connection.begin()
             with connection.connection.driver_connection.cursor() as cursor:
                 cursor.execute(sql)
                 return cursor.fetchall() if cursor.description else cursor.rowcount
@@ -150,9 +151,8 @@ class SyncApplication(Application):
         """Of a cursor of the server."""
 
         def act(connection: Any) -> Any:
-            with connection.execution_options(stream_results=True, yield_per=1).exec_driver_sql(
-                sql
-            ) as result:
+            streams = {"stream_results": True, "yield_per": 1}
+            with connection.execute(text(sql), execution_options=streams) as result:
                 return [tuple(row) for row in result.fetchmany(count)]
 
         return await self._on(who, act)
@@ -187,7 +187,7 @@ class SyncApplication(Application):
             taken: list[Any] = []
             try:
                 for _ in range(5):
-                    taken.append(self.pool.connect())  # noqa: PERF401
+                    taken.append(self.pool.connect())
             finally:
                 for each in taken:
                     each.close()
