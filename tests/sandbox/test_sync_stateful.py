@@ -1,4 +1,4 @@
-"""An application with threads sees the same in the sandbox of a sync engine on psycopg2; nothing lasts."""
+"""An application with threads sees the same in a sync engine's sandbox, on psycopg2; nothing lasts."""
 
 from __future__ import annotations
 
