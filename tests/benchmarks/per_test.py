@@ -367,6 +367,21 @@ def valkey(*, rounds: int = 40, few: int = 10) -> list[Row]:
     return on("asyncio", measured)
 
 
+# -- an application on aiopg and Redis -----------------------------------------------------------
+
+
+def users(*, rounds: int = 40, few: int = 10) -> list[Row]:
+    """Compare ways to isolate two requests to an application."""
+    from .users import ways  # here, for it imports FastAPI
+
+    async def measured() -> list[Row]:
+        async with database() as url, embedded.valkey() as server:
+            found = ways(url, server.url)
+            return await measured_ways("isolation-aiopg", dict(found), rounds, few)
+
+    return on("asyncio", measured)
+
+
 # -- servers -------------------------------------------------------------------------------------
 
 
