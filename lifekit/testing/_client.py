@@ -198,9 +198,10 @@ def known_options(options: object, which: Literal["client", "sync_client"]) -> d
     return {key: value for key, value in given.items() if key in known[which]}
 
 
-def _names(*functions: Any) -> set[str]:
+@functools.cache
+def _names(*functions: Any) -> frozenset[str]:
     given = {"self", "app", "served", "portal", "options", "transport", "backend", "backend_options"}
-    return {name for each in functions for name in inspect.signature(each).parameters} - given
+    return frozenset(name for each in functions for name in inspect.signature(each).parameters) - given
 
 
 @functools.cache
