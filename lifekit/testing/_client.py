@@ -173,13 +173,15 @@ def known_options(options: object, which: Literal["client", "sync_client"]) -> d
     Raises:
         OptionError: They are no dict, or neither of them knows one.
     """
-    from starlette.testclient import TestClient
-
     if not isinstance(options, dict):
         raise OptionError(
             f"lifekit_client_options gives a {type(options).__name__}, and a dict is expected: "
             'return {"base_url": "https://shop.test", "headers": {…}}'
         )
+    if not options:
+        return {}
+    from starlette.testclient import TestClient
+
     given: dict[str, Any] = {str(key): value for key, value in options.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     httpx = _httpx()
     known = {

@@ -255,6 +255,9 @@ class Gateway:
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something there; the end of the gateway cancels it."""
+        self.place.post(self._spawn, coroutine)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.place.loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -107,6 +107,16 @@ class Place:
         finally:
             selector.taken.release()
 
+    def do(self, call: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Have something done that does not wait: at once, where the thread has nothing to do."""
+
+        def done() -> bool:
+            call(*args)
+            return True
+
+        if self.at_once(done) is None:
+            self.loop.call_soon_threadsafe(call, *args)
+
     async def run(self, call: Callable[[Callable[[T], None]], object]) -> T:
         """Have something called there, and wait for what it gives to its argument."""
         if self.is_here:

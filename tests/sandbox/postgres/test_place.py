@@ -114,3 +114,21 @@ async def test_a_block_begins_and_ends_without_the_thread(
         at_last(gateway.place, threading.get_ident)
         assert gateway.end_at_once() == []
         await client.close()
+
+
+async def test_what_the_thread_has_no_time_for_waits_for_it_in_its_order(place: Place) -> None:
+    begun, goes_on, done = threading.Event(), threading.Event(), list[int]()
+
+    def work() -> None:
+        begun.set()
+        goes_on.wait()
+
+    place.post(work)
+    assert begun.wait(30)
+    for number in range(3):
+        place.do(done.append, number)
+    assert done == []
+    goes_on.set()
+    place.do(done.append, 3)
+    at_last(place, threading.get_ident)
+    assert done == [0, 1, 2, 3]
