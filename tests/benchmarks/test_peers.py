@@ -23,7 +23,7 @@ import pytest
 import redis.asyncio as redis
 
 from lifekit import embedded
-from lifekit.sandbox._postgres.hub import FIRST_NUMBER
+from lifekit._sandbox.postgres.hub import FIRST_NUMBER
 
 from . import __main__ as command
 from . import contests, figures, page, peers, per_test, results, users

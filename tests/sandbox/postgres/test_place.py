@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import pytest
 
+from lifekit._sandbox.postgres.place import Idleness, Place, Wire
 from lifekit.embedded import Server
-from lifekit.sandbox._postgres.place import Idleness, Place, Wire
 
 from .clients import Psycopg2, running_gateway, through
 
