@@ -121,7 +121,7 @@ class Life:
         self.node.phase, self.node.live = "open", Live(self.node.declaration)
         try:
             needs = [self.node.values[need] for need in self.node.declaration.needs]
-            others = self.owner.values.values()
+            others = self.node.values.values()
             await self.node.live.open(needs, others, self.owner.gateway)
             if (block := self.owner.block()) is not None and self.node.live.sandbox is not None:
                 await block.begin(self.node.resource.name, self.node.live.sandbox)
