@@ -92,7 +92,7 @@ class Part:
         self.name, self.number = name, world.made[name]
         self.needs = needs
         self.users: list[object] = []
-        self.is_open = True
+        self.is_open: bool = True
         world.made[name] += 1
         world.parts.append(self)
         for need in needs:
@@ -191,10 +191,8 @@ class World:
             )
             self.handles.append(declare(self.factory(name, spec)))
         for index, (needs, drain) in enumerate(self.case.workers):
-            declare = registry.worker(
-                *[self.handles[need] for need in needs], name=f"w{index}", drain=drain
-            )
-            declare(self.worker(f"w{index}"))
+            needed = [self.handles[need] for need in needs]
+            registry.worker(*needed, name=f"w{index}", drain=drain)(self.worker(f"w{index}"))
         return registry
 
     def look(self, lifespan: Any) -> None:

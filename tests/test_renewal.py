@@ -1,4 +1,4 @@
-"""Renewal: new values serve, the old ones close when nobody holds them, failures leave all as it was."""
+"""Renewal: new values serve, the old ones close when nobody holds them, a failure changes nothing."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lifekit import (
     testing,
 )
 
+from .drivers.conftest import until
 from .leaks import tasks_alive
 from .virtual_time import run
 
@@ -246,11 +247,10 @@ def test_the_end_of_the_lifespan_ends_a_renewal(backend: str) -> None:
             except LifekitError as error:
                 raised.append(error)
 
-        async with anyio.create_task_group() as tasks:
-            async with lifespan:
-                for _ in range(2):
-                    tasks.start_soon(renew)
-                await anyio.sleep(0.5)
+        async with anyio.create_task_group() as tasks, lifespan:
+            for _ in range(2):
+                tasks.start_soon(renew)
+            await anyio.sleep(0.5)
         with pytest.raises(NotOpenError):
             await lifespan.renew(shop.db)
 
@@ -382,7 +382,7 @@ def test_what_can_not_be_renewed_is_refused_by_name(backend: str) -> None:
                     await lifespan.renew(foreign)
                 async with lifespan.override(shop.links, "fake") as patched:
                     for each in (lifespan, patched):
-                        with pytest.raises(OverrideError, match="db .* while the override made at"):
+                        with pytest.raises(OverrideError, match=r"db .* while the override made at"):
                             await each.renew(shop.db)
                 await lifespan.renew(shop.db)
 
@@ -399,7 +399,7 @@ def test_an_override_that_begins_amid_a_renewal_ends_that(backend: str) -> None:
         async with shop.registry.lifespan() as lifespan, anyio.create_task_group() as tasks:
 
             async def renew() -> None:
-                with pytest.raises(OverrideError, match="db .* can't be renewed while the override"):
+                with pytest.raises(OverrideError, match=r"db .* can't be renewed while the override"):
                     await lifespan.renew(shop.db)
 
             tasks.start_soon(renew)
@@ -420,7 +420,7 @@ async def test_a_block_refuses_it_and_between_blocks_it_is_fine(anyio_backend: o
     with testing.sandboxing():
         async with shop.registry.lifespan() as lifespan:
             async with lifespan.sandbox():
-                with pytest.raises(SandboxUnsupportedError, match="db .* while the sandbox at"):
+                with pytest.raises(SandboxUnsupportedError, match=r"db .* while the sandbox at"):
                     await lifespan.renew(shop.db)
             assert shop.made == 1  # nor does the clock
             await lifespan.renew(shop.db)
@@ -469,19 +469,16 @@ async def test_the_old_one_closes_when_the_requests_that_began_with_it_are_over(
             answers.append((await client.get("/slow")).json())
 
         tasks.start_soon(ask)
-        with anyio.fail_after(30):
-            while not web.waiting:
-                await anyio.sleep(0)
-            assert (await client.get("/renew")).json() == "db2"
-            assert (await client.get("/fast")).json() == ["db2"] * 3
-            assert (await client.get("/renew")).json() == "db3"
-            assert (await client.get("/fast")).json() == ["db3"] * 3
-            for _ in range(20):
-                await checkpoint()
-            assert shop.lines == []  # the second one too: the slow request might have it since
-            web.go_on.set()
-            while len(shop.lines) < 4:
-                await anyio.sleep(0)
+        await until(lambda: web.waiting)
+        assert (await client.get("/renew")).json() == "db2"
+        assert (await client.get("/fast")).json() == ["db2"] * 3
+        assert (await client.get("/renew")).json() == "db3"
+        assert (await client.get("/fast")).json() == ["db3"] * 3
+        for _ in range(20):
+            await checkpoint()
+        assert shop.lines == []  # the second one too: the slow request might have it since
+        web.go_on.set()
+        await until(lambda: len(shop.lines) == 4)
         assert {*shop.lines} == {
             *("links of db1 closes", "db1 closes", "links of db2 closes", "db2 closes")
         }
@@ -498,12 +495,9 @@ async def test_requests_that_hold_it_for_too_long_are_named_and_it_is_closed(
     web = Application(shop)
     async with testing.client(web.app) as client, anyio.create_task_group() as tasks:
         tasks.start_soon(client.get, "/slow")
-        with anyio.fail_after(30):
-            while not web.waiting:
-                await anyio.sleep(0)
-            await client.get("/renew")
-            while len(shop.lines) < 2:
-                await anyio.sleep(0.01)
+        await until(lambda: web.waiting)
+        await client.get("/renew")
+        await until(lambda: len(shop.lines) == 2)
         web.go_on.set()
     (held,) = shop.told(events.HeldTooLong)
     assert (held.resource, held.holders) == ("db, links", ("GET /slow",))

@@ -254,8 +254,7 @@ class Lifespan(Mapping[str, Any]):
             raise LifekitError(f"{registry.name} was stopped while it started")
         # What factories set in their contexts holds in the body, as it does where no lifekit is.
         self._tokens = [variable.set(value) for variable, value in engine.variables]
-        self.variables = self._variables = (*self._root._variables, *engine.variables)
-        self.missing = {each.name for each in self._plan.resources if each not in self._own}
+        self._look_at(engine)
         if self._root is self:
             self._body = body(entering)
             if self._ends_body and self._body is not None:
@@ -427,10 +426,13 @@ class Lifespan(Mapping[str, Any]):
     def changed(self, resources: Iterable[Resource[Any]]) -> None:
         """Let requests that begin now have the new values of these; called by the engine."""
         self.renewed.update((each.name, self._own[each]) for each in resources)
-        self.missing.difference_update(self.renewed)
         self._sandboxes = None
         if self._engine is not None:
-            self.variables = self._variables = (*self._root._variables, *self._engine.variables)
+            self._look_at(self._engine)
+
+    def _look_at(self, engine: Engine) -> None:
+        self.variables = self._variables = (*self._root._variables, *engine.variables)
+        self.missing = {each.name for each in self._plan.resources if each not in self._own}
 
     def next_generation(self, released: Callable[[], object]) -> Generation | None:
         """Begin a new one; return the last one where requests under way began in it, or before."""

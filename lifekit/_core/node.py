@@ -26,7 +26,7 @@ from .value import Live
 from .worker import Worker, WorkerStatus
 
 if TYPE_CHECKING:
-    from ._renewals import Renewal
+    from .renewals import Renewal  # which it may be a part of
 
 
 class State(Enum):

@@ -35,7 +35,7 @@ from .running import why_not_open
 
 if TYPE_CHECKING:
     from .engine import Engine  # which it is a part of
-    from .lifespan import Lifespan
+    from .lifespan import Lifespan  # whose values it renews
 
 
 class Renewal:
