@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from lifekit import (
     events,
     testing,
 )
+from lifekit._core.node import Node
 
 from .drivers.conftest import until
 from .leaks import tasks_alive
@@ -426,6 +428,31 @@ async def test_a_block_refuses_it_and_between_blocks_it_is_fine(anyio_backend: o
             await lifespan.renew(shop.db)
             async with lifespan.sandbox():
                 assert lifespan[shop.db] == "db2"
+
+
+@backends
+def test_many_renewals_leave_nothing_behind_and_the_picture_of_the_start_as_it_was(
+    backend: str,
+) -> None:
+    shop = Shop(renew_every=10.0)
+
+    @shop.registry.worker(shop.links)
+    async def outbox(links: str) -> None:
+        await anyio.Event().wait()  # whose end leaves no timer of the loop's
+
+    async def main() -> None:
+        async with shop.registry.lifespan() as lifespan:
+            picture = str(lifespan.startup)
+            await anyio.sleep(30)
+            gc.collect()
+            before = sum(isinstance(each, Node) for each in gc.get_objects())
+            await anyio.sleep(3000)
+            gc.collect()
+            assert shop.made > 200
+            assert sum(isinstance(each, Node) for each in gc.get_objects()) < before + 50
+            assert str(lifespan.startup) == picture
+
+    in_time(main, backend)
 
 
 class Application:

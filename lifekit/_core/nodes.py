@@ -45,6 +45,7 @@ class Nodes(View):
 
     def replace(self, old: Node, new: Node) -> None:
         """Let *new* stand for its resource from now on."""
+        self.start_times = self.start_times or self.opening_times()
         self.nodes[new.index] = new
         old.hand_over(new)
         if old.state not in RUNNING:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NOWHERE: tuple[str, ...] = ()
+Times = list[tuple[float | None, float | None]]
 
 
 class View:
@@ -51,6 +52,7 @@ class View:
     began: float
     stop_began: float
     lost_before_stop: float
+    start_times: Times | None = None  # since others stand for its resources
 
     def interrupt(self, error: BaseException) -> None:
         """Stop, and deliver *error* then."""
@@ -58,8 +60,12 @@ class View:
 
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
-        times = [(node.open_began, node.opened_at) for node in self.nodes]
+        times = self.start_times or self.opening_times()
         return timeline(f"start of {self.name}", self._names, times, self.plan.parents, self.began)
+
+    def opening_times(self) -> Times:
+        """Return when each began to open, and when it was open."""
+        return [(node.open_began, node.opened_at) for node in self.nodes]
 
     def stop_timeline(self) -> Timeline:
         """Return how the stop went."""

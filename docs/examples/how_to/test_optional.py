@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # --8<-- [start:test]
 import redis.asyncio as redis
+
 from how_to.optional import app, cache, registry
 from lifekit import testing
 
