@@ -101,6 +101,29 @@ def test_the_start_goes_on_without_it_and_it_appears_when_it_opens(backend: str)
 
 
 @backends
+def test_what_waited_for_it_is_unavailable_while_it_opens(backend: str) -> None:
+    shop = Shop()
+
+    @shop.registry.resource(shop.cache, required=False)
+    async def slow(cache: str) -> str:
+        await anyio.sleep(20)
+        return f"slow with {cache}"
+
+    async def main() -> None:
+        async with shop.registry.lifespan() as lifespan:
+            shop.up = True
+            await anyio.sleep(10)
+            assert lifespan[shop.cache] == "cache"
+            with pytest.raises(UnavailableError, match="being tried again just now") as caught:
+                lifespan[slow]
+            assert isinstance(caught.value.error, ConnectionError)
+            await anyio.sleep(15)
+            assert lifespan[slow] == "slow with cache"
+
+    in_time(main, backend)
+
+
+@backends
 def test_it_is_tried_again_later_and_later(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     shop = Shop()
 

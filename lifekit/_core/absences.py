@@ -62,9 +62,14 @@ class Absences:
         return self.takes(node, error)
 
     def opened(self, node: Node) -> None:
-        """Forget its failures, for it is there."""
+        """Forget its failures, for it is there; what waited for it opens now, and is not there yet."""
         node.away = False
-        self._known.pop(node.resource, None)
+        known = self._known.pop(node.resource, None)
+        if known is not None:
+            waits = Absence(known.error, 0, self._owner.now())
+            for child in node.children:
+                if child.away:
+                    self._known.setdefault(child.resource, waits)
         self._owner.lifespan.changed([node.resource])
 
     def ended(self, node: Node) -> None:

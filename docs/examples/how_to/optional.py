@@ -31,11 +31,11 @@ app = FastAPI(lifespan=registry.lifespan)
 # --8<-- [start:routes]
 @app.get("/time")
 async def time(db: Annotated[asyncpg.Pool, Depends(db)]) -> str:
-    found = await cached("time")
-    return found or str(await db.fetchval("SELECT now()"))
+    found = await cached("time") or await db.fetchval("SELECT now()")
+    return str(found)
 
 
-async def cached(key: str) -> str | None:
+async def cached(key: str) -> bytes | str | None:
     try:
         return await cache.get().get(key)
     except UnavailableError:
