@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+import lifekit
 from lifekit import Registry, embedded, events, testing
 
 REQUESTS, AT_ONCE, RENEW_EVERY = 2000, 20, 0.2
@@ -107,9 +108,9 @@ async def test_no_request_fails_and_old_logins_are_gone(
 
     working: list[str] = []
 
-    @registry.worker(links)
+    @registry.worker(links, drain=60.0)  # to cancel asyncpg as it connects leaves a lost future
     async def purge(links: list[Any]) -> None:
-        while True:
+        while not lifekit.stopping().is_set():
             working.append(await who(links[0]))
             await anyio.sleep(0.01)
 
