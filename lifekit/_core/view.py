@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lifekit._util.call_sites import suspended_frames, waiting_at
 
 from .deadlines import BLOCKED, Deadlines
-from .errors import DeadlineError
+from .errors import CrashError, DeadlineError, Failure, ShutdownError, StartupError
 from .node import RUNNING, Node, State, Variables
 from .plan import Plan
 from .resource import Resource
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NOWHERE: tuple[str, ...] = ()
+Times = list[tuple[float | None, float | None]]
 
 
 class View:
@@ -34,6 +35,8 @@ class View:
     plan: Plan
     nodes: list[Node]
     own: list[Node]
+    crew: set[Resource[Any]]
+    absent: list[Node]
     values: dict[Resource[Any], Any]
     time: Deadlines
     now: Callable[[], float]
@@ -42,9 +45,14 @@ class View:
     grace: float
     on_crash: OnCrash
     stopping: bool
+    open_failures: list[Failure]
+    cut_off: list[str]
+    """What was opening still when something else failed."""
+    close_failures: list[Failure]
     began: float
     stop_began: float
     lost_before_stop: float
+    start_times: Times | None = None  # since others stand for its resources
 
     def interrupt(self, error: BaseException) -> None:
         """Stop, and deliver *error* then."""
@@ -52,8 +60,12 @@ class View:
 
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
-        times = [(node.open_began, node.opened_at) for node in self.nodes]
+        times = self.start_times or self.opening_times()
         return timeline(f"start of {self.name}", self._names, times, self.plan.parents, self.began)
+
+    def opening_times(self) -> Times:
+        """Return when each began to open, and when it was open."""
+        return [(node.open_began, node.opened_at) for node in self.nodes]
 
     def stop_timeline(self) -> Timeline:
         """Return how the stop went."""
@@ -62,6 +74,21 @@ class View:
         began = min([self.stop_began, *(begin for begin, _ in times if begin is not None)])
         title = f"stop of {self.name}"
         return timeline(title, self._names, times, self.plan.children, began, last_first=True)
+
+    def failure(self, crashes: list[Failure]) -> StartupError | ShutdownError | CrashError | None:
+        """Return the error that tells of all that failed."""
+        name = self.name
+        shutdown = ShutdownError.of(name, self.close_failures) if self.close_failures else None
+        if not self.open_failures:
+            return CrashError.of(name, crashes, shutdown) if crashes else shutdown
+        return StartupError.of(
+            name,
+            self.open_failures,
+            opened=self.opened(),
+            cut_off=self.cut_off,
+            not_begun=self.not_begun(),
+            rollback=shutdown,
+        )
 
     def opened(self) -> list[str]:
         """Return the names of what had opened."""
@@ -90,7 +117,7 @@ class View:
     @property
     def variables(self) -> Variables:
         """What factories set in their contexts, of those that set the same the last declared."""
-        return tuple(each for node in self.own for each in node.variables)
+        return tuple(each for node in self.nodes for each in node.variables)
 
     def deadline_error(self, node: Node, *, abandoned: bool = False) -> DeadlineError:
         """Return the error of a resource whose time is up, with where it stands."""
@@ -124,7 +151,7 @@ class View:
             return ""
         if node.live.driver is not None:
             return node.live.describe()
-        needs = [self.values.get(need) for need in node.declaration.needs]
+        needs = [node.values.get(need) for need in node.declaration.needs]
         return reached_in(suspended_frames(node.coroutine), needs)
 
     def start_seconds(self, node: Node) -> float:

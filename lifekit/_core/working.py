@@ -75,7 +75,7 @@ class Working(Life):
         declaration = self.node.declaration
         error: BaseException | None = None
         try:
-            result = declaration.factory(*(self.owner.values[need] for need in declaration.needs))
+            result = declaration.factory(*(self.node.values[need] for need in declaration.needs))
             await cast("Awaitable[Any]", result)
         except GeneratorExit:
             raise
