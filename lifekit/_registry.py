@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -41,6 +41,7 @@ from ._worker import OnCrash
 from .asgi import bind_requests
 
 if TYPE_CHECKING:
+    from ._blocking import BlockingLifespan
     from .events import Event
 
 T = TypeVar("T")
@@ -257,6 +258,35 @@ class Registry(Workers):
         lifespan = Lifespan(self, self.plan(), where)
         bind_requests(app, lifespan)
         return lifespan
+
+    def run(self, main: Callable[[Lifespan], Awaitable[object]] | None = None) -> int:
+        """Be a worker process: open everything, run *main* or the workers, and return an exit status.
+
+        SIGTERM and SIGINT end it in order: `stopping` is set, *main* is cancelled, workers have their
+        ``drain``. Without *main* it runs until then. What fails is printed, without passwords. The
+        status is 0 where it ended in order, also by a signal; 1 where the start, *main*, a closing or
+        a worker failed; 130 where Ctrl-C was pressed again. Write ``sys.exit(registry.run())``.
+
+        Args:
+            main: An async function, which gets the lifespan.
+        """
+        from ._process import run
+
+        where = Site(caller_frame())
+        return run(lambda: Lifespan(self, self.plan(), where), main)
+
+    def blocking(self) -> BlockingLifespan:
+        """Return a new run for code without an event loop: ``with registry.blocking() as lifespan:``.
+
+        It runs in a thread of its own. ``lifespan[handle]`` is a live value, and ``lifespan.call`` runs
+        what awaits.
+
+        Raises:
+            DeclarationError: A cycle, a duplicate name, or a handle of a registry not included.
+        """
+        from ._blocking import BlockingLifespan
+
+        return BlockingLifespan(self, self.plan(), Site(caller_frame()))
 
     @overload
     def override(self, resource: Resource[T], value: T | Resource[T]) -> Overriding: ...
