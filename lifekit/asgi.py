@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from threading import Lock
 from types import FrameType, new_class
 from typing import TYPE_CHECKING, Any, cast
 
 from ._backend import running_loop
 from ._errors import DeclarationError, LifekitError
+from ._mounted import ASGIApp, Scope, lifespan_of, tell_of_unrun
 from ._overrides import entered, refuse_useless
 from ._running import Start, current
 
@@ -22,12 +24,8 @@ if TYPE_CHECKING:
     from ._registry import Registry
     from ._resource import Resource
 
-__all__ = ["combine", "health"]
+__all__ = ["combine", "health", "lifespan_of"]
 
-Scope = MutableMapping[str, Any]
-ASGIApp = Callable[
-    [Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
-]
 State = Mapping[str, Any]
 
 
@@ -120,6 +118,7 @@ def bind_requests(app: Any, lifespan: Lifespan) -> None:
     lifespan.start = Start(None if app is None else id(app), _framework_frames())
     if app is None:
         return
+    lifespan.start = lifespan.start._replace(is_up=partial(tell_of_unrun, app))
     for first in current.get():
         if first not in first.registry.running.get(first.loop, ()):
             continue  # it is over, and other frames may be where its own were

@@ -128,15 +128,16 @@ def test_ctrl_c_while_it_closes_waits_for_that(shop: Shop) -> None:
 
 
 def test_a_crash_ends_the_call_and_is_raised_once(shop: Shop) -> None:
-    crash = threading.Event()
+    crash: list[bool] = []
 
     @shop.registry.worker(shop.db, restart="never")
     async def outbox(db: str) -> None:
-        await anyio.to_thread.run_sync(crash.wait)
+        while not crash:
+            await anyio.lowlevel.checkpoint()
         raise ValueError("no luck")
 
     async def wait() -> None:
-        crash.set()
+        crash.append(True)
         await anyio.sleep_forever()
 
     with pytest.raises(CrashError, match="no luck") as caught, shop.registry.blocking() as lifespan:
