@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WrongLoopError,
     )
     from ._health import Health
+    from ._leading import Leadership, exclusive, leadership
     from ._lifespan import Lifespan
     from ._registry import Registry
     from ._resource import Resource
@@ -38,6 +39,7 @@ __all__ = [
     "DeclarationError",
     "Driver",
     "Health",
+    "Leadership",
     "LifekitError",
     "Lifespan",
     "NotOpenError",
@@ -53,6 +55,8 @@ __all__ = [
     "Stopping",
     "Worker",
     "WrongLoopError",
+    "exclusive",
+    "leadership",
     "stopping",
 ]
 
@@ -60,11 +64,14 @@ _PARTS = {"asgi", "drivers", "embedded", "events", "testing"}
 _HOMES = {
     "Driver": "drivers",
     "Health": "_health",
+    "Leadership": "_leading",
     "Lifespan": "_lifespan",
     "Registry": "_registry",
     "Resource": "_resource",
     "Stopping": "_stopping",
     "Worker": "_worker",
+    "exclusive": "_leading",
+    "leadership": "_leading",
     "stopping": "_stopping",
 }
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ._doors import Door
 
-__all__ = ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
+__all__ = ["Driver", "Gateway", "Lock", "Sandbox", "Tls", "find", "loaded", "register"]
 
 T = TypeVar("T")
 
@@ -98,6 +98,26 @@ class Tls(NamedTuple):
     """Whom its certificate has to name, where that is not the host."""
 
 
+class Lock(Protocol):
+    """A lock that one process has at a time, with a lease: who is not heard of for so long has it no more."""
+
+    async def acquire(self, lease: float) -> int | None:
+        """Try to get it for *lease* seconds; return a number greater than any before, None if it is taken."""
+        ...
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for so long, or until there is a sign that it is lost."""
+        ...
+
+    async def renew(self, lease: float) -> bool:
+        """Have it for *lease* seconds more; return False where it is lost, raise where that is not known."""
+        ...
+
+    async def release(self) -> None:
+        """Give it up, and all that was opened for it. Called once, also where it is lost."""
+        ...
+
+
 class Driver(Generic[T]):
     """All that is known of one kind of value. Override what differs, then `register` it.
 
@@ -144,6 +164,10 @@ class Driver(Generic[T]):
     def holders(self, value: T) -> Sequence[str]:
         """Return who still holds parts of it: code lines, with their tasks where known."""
         return ()
+
+    def lock(self, value: T, key: str) -> Lock | None:
+        """Return a lock of that name on the value's server, on a connection of its own; None if it has none."""
+        return None
 
     def transient(self, error: BaseException) -> bool:
         """Return whether a failed opening may succeed when tried again."""
