@@ -37,7 +37,9 @@ class BlockingLifespan(Lifespan):
             StartupError: Something failed to open; what had opened is closed again.
         """
         with ExitStack() as stack:
-            self._portal = stack.enter_context(start_blocking_portal(name=f"lifekit {self.registry.name}"))
+            self._portal = stack.enter_context(
+                start_blocking_portal(name=f"lifekit {self.registry.name}")
+            )
             opened: Future[None] = Future()
             self._over = self._portal.start_task_soon(self._run, opened)
             self._over.add_done_callback(lambda _: opened.done() or opened.set_result(None))

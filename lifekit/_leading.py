@@ -61,6 +61,9 @@ def leadership() -> Leadership:
     return found
 
 
+_STOOD_STILL = "the process stood still, or something blocked its event loop"
+
+
 @asynccontextmanager
 async def exclusive(lock: Any, name: str) -> AsyncGenerator[Leadership]:
     """Run a piece of code in one process at a time: ``async with lifekit.exclusive(db, "migrations"):``.
@@ -84,6 +87,8 @@ async def exclusive(lock: Any, name: str) -> AsyncGenerator[Leadership]:
     found = lock_of(value, f"exclusive.{name}", name)
     async with lead(found, name, await acquire(found)) as term:
         yield term.leadership
+        if anyio.current_time() > term.until:  # and nothing could tell meanwhile
+            term.lost = term.lost or _STOOD_STILL
     if term.lost is not None:
         raise LifekitError(
             f"{name!r} was not exclusive any more, and was cancelled: {term.lost}. Another process may do "
@@ -197,9 +202,10 @@ async def lead_alone(name: str) -> AsyncGenerator[Leadership]:
 async def _hold(lock: Lock, term: Term, scope: CancelScope) -> None:
     """Renew the lock for as long as that goes, then cancel what runs under it."""
     why = "its server did not answer in time"
-    while anyio.current_time() < term.until:
-        await lock.pause(LEASE / 10)
+    while (now := anyio.current_time()) < term.until:
+        await lock.pause(min(LEASE / 10, term.until - now))
         asked = anyio.current_time()
+        why = _STOOD_STILL if asked > now + LEASE / 2 else why
         with anyio.move_on_after(term.until - asked):
             try:
                 if not await lock.renew(LEASE):
@@ -208,5 +214,5 @@ async def _hold(lock: Lock, term: Term, scope: CancelScope) -> None:
                 term.until = asked + LEASE * 2 / 3
             except Exception as error:  # it may still be held: the next time tells, if it comes in time
                 why = redact(summary(error))
-    term.lost = why
+    term.lost = term.lost or why
     scope.cancel()

@@ -68,7 +68,9 @@ _RENEW = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_RELEASE = (
+    "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+)
 
 
 class RedisDriver(Driver[Client]):
@@ -137,7 +139,9 @@ class RedisDriver(Driver[Client]):
 
     def lock(self, value: Client, key: str) -> RedisLock:
         """Return a lock with a lease: a key that expires."""
-        return RedisLock(Redis(connection_pool=value) if isinstance(value, ConnectionPool) else value, key)
+        return RedisLock(
+            Redis(connection_pool=value) if isinstance(value, ConnectionPool) else value, key
+        )
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or a cluster is forming."""
