@@ -1,4 +1,4 @@
-"""A lifespan for code that has no event loop: it runs in a thread of its own, which does what it is asked."""
+"""A lifespan for code that has no event loop: it runs in a thread of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast, overload
+from typing import Any, Self, TypeVar, overload
 
 import anyio
 from anyio import CancelScope, get_cancelled_exc_class
@@ -42,11 +42,12 @@ class BlockingLifespan(Lifespan):
             )
             opened: Future[None] = Future()
             self._over = self._portal.start_task_soon(self._run, opened)
-            self._over.add_done_callback(lambda _: opened.done() or opened.set_result(None))
+            self._over.add_done_callback(lambda _: opened.done() or opened.cancel())
             try:
                 opened.result()
-                if self._over.done():
-                    self._over.result()  # it did not open
+            except CancelledError:
+                self._over.result()  # which says why it did not open
+                raise
             except BaseException:
                 self._over.cancel()
                 _wait_for(self._over)
@@ -155,7 +156,7 @@ class _Call:
             with CancelScope() as self._scope:
                 value = self._function(*self._args)
                 if inspect.isawaitable(value):
-                    value = await cast("Awaitable[Any]", value)
+                    value = await value
                 self.result.set_result(value)
         except get_cancelled_exc_class():
             raise

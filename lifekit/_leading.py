@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import count
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 from anyio import CancelScope
@@ -66,7 +66,7 @@ _STOOD_STILL = "the process stood still, or something blocked its event loop"
 
 @asynccontextmanager
 async def exclusive(lock: Any, name: str) -> AsyncGenerator[Leadership]:
-    """Run a piece of code in one process at a time: ``async with lifekit.exclusive(db, "migrations"):``.
+    """Run code in one process at a time: ``async with lifekit.exclusive(db, "migrations"):``.
 
     It waits until nobody else is inside. Inside of a sandbox it waits for nobody.
 
@@ -79,7 +79,9 @@ async def exclusive(lock: Any, name: str) -> AsyncGenerator[Leadership]:
         LifekitError: At the end: the lock was lost, and the code was cancelled.
         BaseException: What the driver raised, where the server is not reached.
     """
-    value = lock.get() if isinstance(lock, Resource) else lock
+    value: Any = lock
+    if isinstance(lock, Resource):
+        value = cast("Resource[Any]", lock).get()
     if current_block.get() is not None:
         async with lead_alone(name) as alone:
             yield alone
@@ -91,8 +93,8 @@ async def exclusive(lock: Any, name: str) -> AsyncGenerator[Leadership]:
             term.lost = term.lost or _STOOD_STILL
     if term.lost is not None:
         raise LifekitError(
-            f"{name!r} was not exclusive any more, and was cancelled: {term.lost}. Another process may do "
-            "it now; let what it writes carry lifekit.leadership().number."
+            f"{name!r} was not exclusive any more, and was cancelled: {term.lost}. Another process may "
+            "do it now; let what it writes carry lifekit.leadership().number."
         )
 
 

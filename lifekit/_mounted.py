@@ -69,8 +69,9 @@ class _Conversation:
                 finally:
                     _run.remove(self._app)
                     self._stop.set()
-        if (failure or self._error) is not None:
-            raise failure or self._error
+        failure = failure or self._error
+        if failure is not None:
+            raise failure
 
     async def _talk(self) -> None:
         scope = {
@@ -116,8 +117,8 @@ class _Conversation:
 
     def _has_none(self, what: str) -> str:
         return (
-            f"{self._name()} has no lifespan: called for one, {what} before it said that it is up. Leave "
-            "out lifespan_of(…)."
+            f"{self._name()} has no lifespan: called for one, {what} before it said that it is up. "
+            "Leave out lifespan_of(…)."
         )
 
 

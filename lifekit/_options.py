@@ -145,7 +145,7 @@ def refuse_bad_rules(options: WorkerDeclaration) -> None:
                 pass
             case "leader":
                 is_handle = isinstance(value, Resource) and not isinstance(value, Worker)
-                refuse_unless(is_handle, option, value, _LEADER)
+                refuse_unless(is_handle, option, cast("object", value), _LEADER)
             case "every" | "drain" | "close_timeout":
                 refuse_unless(is_seconds(value), option, value, SECONDS)
             case "restart":

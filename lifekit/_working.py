@@ -21,8 +21,8 @@ from ._resource import Resource
 from ._worker import Supervision, Worker, WorkerStatus
 
 if TYPE_CHECKING:
-    from .drivers import Lock
     from ._engine import Engine  # which spawns it, and to which it reports
+    from .drivers import Lock
 
 
 class Working(Life):

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ._backend import running_loop
 from ._errors import DeclarationError, LifekitError
-from ._mounted import ASGIApp, Scope, lifespan_of, tell_of_unrun
+from ._mounted import ASGIApp as ASGIApp
+from ._mounted import Scope as Scope
+from ._mounted import lifespan_of, tell_of_unrun
 from ._overrides import entered, refuse_useless
 from ._running import Start, current
 

@@ -231,7 +231,7 @@ def log(event: Event) -> None:
             logger.info(f"{event.resource} leads, as number {event.number}")
         case LeadershipLost():
             logger.warning(
-                f"{event.resource} leads no more, and is cancelled; it waits to lead again: {event.reason}"
+                f"{event.resource} leads no more, is cancelled, and waits to lead again: {event.reason}"
             )
         case Crashed(error=None):
             logger.critical(

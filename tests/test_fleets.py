@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import inspect
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ MAKERS: dict[str, Callable[[str], Any]] = {
     "sqlalchemy, asyncpg": lambda url: _sqlalchemy(url, "asyncpg"),
     "sqlalchemy, psycopg": lambda url: _sqlalchemy(url, "psycopg"),
     "redis": redis.from_url,
-    "redis pool": redis.ConnectionPool.from_url,
+    "redis pool": lambda url: redis.from_url(url).connection_pool,
 }
 every_kind = pytest.mark.parametrize("kind", MAKERS)
 
@@ -80,20 +80,27 @@ class Fleet:
 
     async def until(self, lifespan: Lifespan, state: str) -> None:
         """Wait until its worker is in that state."""
-        with anyio.fail_after(LIMIT):
-            while lifespan[self.lead].state != state:  # noqa: ASYNC110
-                await anyio.sleep(0.005)
+        await until(lambda: lifespan[self.lead].state == state)
+
+
+async def until(is_so: Callable[[], Any]) -> None:
+    """Wait until something is so; a function that says it may be async."""
+    with anyio.fail_after(LIMIT):
+        # Whatever it is, no event tells of it here.
+        while not (  # noqa: ASYNC110
+            await said if inspect.isawaitable(said := is_so()) else said
+        ):
+            await anyio.sleep(0.01)
 
 
 async def _no_sessions(postgres: Server) -> None:
     """Wait until the server has noticed that no lock's session is left."""
     connection = await asyncpg.connect(postgres.url)
     try:
-        with anyio.fail_after(LIMIT):
-            while await connection.fetchval(
-                "select count(*) from pg_stat_activity where application_name like 'lifekit %.%'"
-            ):
-                await anyio.sleep(0.01)
+        gone = (
+            "select not exists (select from pg_stat_activity where application_name like 'lifekit %.%')"
+        )
+        await until(lambda: connection.fetchval(gone))
     finally:
         await connection.close()
 
@@ -105,9 +112,9 @@ async def test_one_leads_and_the_next_has_a_higher_number(
     fleet = Fleet(kind, postgres, valkey)
     async with fleet.registry.lifespan() as second:
         async with fleet.registry.lifespan() as first:
-            with anyio.fail_after(LIMIT):
-                while {each[fleet.lead].state for each in (first, second)} != {"running", "standby"}:
-                    await anyio.sleep(0.005)
+            await until(
+                lambda: {e[fleet.lead].state for e in (first, second)} == {"running", "standby"}
+            )
             async with lifekit.exclusive(fleet.lock, f"migrations by {kind}'s") as held:
                 assert held.number > 0
         await fleet.until(second, "running")
@@ -131,9 +138,7 @@ async def test_a_leader_whose_session_ends_is_cancelled_and_leads_anew(
             "lifekit fleet.lead",
         )
         await connection.close()
-        with anyio.fail_after(LIMIT):
-            while len(fleet.numbers) < 2:  # noqa: ASYNC110
-                await anyio.sleep(0.005)
+        await until(lambda: len(fleet.numbers) > 1)
     assert fleet.numbers == sorted(set(fleet.numbers))
     await _no_sessions(postgres)
 
@@ -147,33 +152,29 @@ async def test_a_leader_whose_key_is_gone_is_cancelled_and_leads_anew(
         client = lifespan[fleet.lock]
         assert await client.get("lifekit:{fleet.lead}:leader")
         await client.delete("lifekit:{fleet.lead}:leader", "lifekit:{fleet.lead}:number")
-        with anyio.fail_after(LIMIT):
-            while len(fleet.numbers) < 2:  # noqa: ASYNC110
-                await anyio.sleep(0.005)
+        await until(lambda: len(fleet.numbers) > 1)
         assert await client.pttl("lifekit:{fleet.lead}:leader") <= 1000 * _leading.LEASE
     async with redis.from_url(valkey.url) as client:
         assert not await client.exists("lifekit:{fleet.lead}:leader")
     assert fleet.numbers == sorted(set(fleet.numbers))
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (create_engine, "Engine"),
-        (lambda url: create_async_engine("sqlite+aiosqlite://"), "AsyncEngine"),
-        (asyncpg.connect, "Connection"),
-        (psycopg2.connect, "connection"),
-    ],
-)
-async def test_a_value_that_can_hold_no_lock_is_refused_by_name(
-    postgres: Server, make: Any, name: str
-) -> None:
+LOCKLESS: dict[str, Callable[[str], Any]] = {
+    "Engine": create_engine,
+    "AsyncEngine": lambda url: create_async_engine("sqlite+aiosqlite://"),
+    "Connection": asyncpg.connect,
+    "connection": psycopg2.connect,
+}
+
+
+@pytest.mark.parametrize("name", LOCKLESS)
+async def test_a_value_that_can_hold_no_lock_is_refused_by_name(postgres: Server, name: str) -> None:
     registry = Registry("fleet")
 
     @registry.resource
     async def db() -> Any:
-        made = make(postgres.url)
-        return await made if make is asyncpg.connect else made
+        made = LOCKLESS[name](postgres.url)
+        return await made if inspect.isawaitable(made) else made
 
     @registry.worker(leader=db)
     async def lead() -> None: ...
@@ -204,9 +205,9 @@ async def test_in_a_sandbox_a_leader_leads_at_once_and_takes_no_lock(postgres: S
         async with registry.lifespan() as lifespan:
             for _ in range(2):
                 async with lifespan.sandbox():
-                    with anyio.fail_after(LIMIT):
-                        while (lifespan[lead].state, lifespan[migrate].state) != ("running", "ended"):
-                            await anyio.sleep(0.005)
+                    await until(
+                        lambda: (lifespan[lead].state, lifespan[migrate].state) == ("running", "ended")
+                    )
                     await _no_sessions(postgres)
     assert len(numbers) == 2
 
@@ -221,7 +222,7 @@ async def _terminated(pool: asyncpg.Pool) -> AsyncGenerator[None]:
 
 
 class _Pooler:
-    """Sessions as they look through a pooler: the process that a client is told of is the pooler's own."""
+    """Sessions as they look through a pooler: what a client is told of is the pooler's own."""
 
     def __init__(self, pool: asyncpg.Pool, *, shares: bool) -> None:
         self.pool, self.shares = pool, shares
@@ -252,7 +253,7 @@ async def test_a_pooler_that_shares_sessions_is_refused_and_another_is_not(postg
         sharing = _Pooler(pool, shares=True)
         lock = _lock.PostgresLock(sharing.connect, "shop.purge")
         with pytest.raises(
-            DeclarationError, match="shop.purge: .* a pooler in transaction mode, such as"
+            DeclarationError, match=r"shop\.purge: .* a pooler in transaction mode, such as"
         ):
             await lock.acquire(10.0)
         assert len(sharing.ended) == 2
@@ -382,11 +383,10 @@ async def test_when_a_leader_is_gone_another_leads_and_never_two_at_once(
         if how == "stopped":
             os.kill(leader, signal.SIGCONT)
         before = await fleet.rows.fetchval("select count(*) from written")
-        with anyio.fail_after(LIMIT):
-            while await fleet.rows.fetchval("select count(*) from written") < before + 10:
-                await anyio.sleep(0.02)
-            while not (migrations := await fleet.rows.fetchval("select count(*) from migrated")):
-                await anyio.sleep(0.02)
+        more = f"select count(*) > {before + 10} from written"
+        await until(lambda: fleet.rows.fetchval(more))
+        await until(lambda: fleet.rows.fetchval("select exists (select from migrated)"))
+        migrations = await fleet.rows.fetchval("select count(*) from migrated")
         await fleet.check()
         assert next_number > number
         assert migrations == 1 or how == "stopped"  # which it may have been in the midst of it

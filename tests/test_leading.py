@@ -192,7 +192,7 @@ def test_a_leader_whose_server_does_not_answer_gives_up_before_its_lease_is_over
                 fleet.server.hangs = True
             began = anyio.current_time()
             held_until = fleet.server.held["shop.purge"][1]
-            while lifespan[fleet.purge].state == "running":
+            while lifespan[fleet.purge].state == "running":  # noqa: ASYNC110
                 await anyio.sleep(0.01)
             assert anyio.current_time() - began < LEASE * 2 / 3 + 0.1
             assert held_until > anyio.current_time()  # until then nobody else can lead

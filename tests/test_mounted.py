@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from lifekit import CrashError, LifekitError, Registry, ShutdownError, StartupError
+from lifekit import CrashError, Registry, ShutdownError, StartupError
 from lifekit.asgi import health, lifespan_of
 from lifekit.testing import client
 

@@ -99,10 +99,10 @@ class Tls(NamedTuple):
 
 
 class Lock(Protocol):
-    """A lock that one process has at a time, with a lease: who is not heard of for so long has it no more."""
+    """A lock that one process has at a time, for as long as it is heard of."""
 
     async def acquire(self, lease: float) -> int | None:
-        """Try to get it for *lease* seconds; return a number greater than any before, None if it is taken."""
+        """Try to get it for *lease* seconds; return a number that grows, or None if it is taken."""
         ...
 
     async def pause(self, seconds: float) -> None:
@@ -110,7 +110,7 @@ class Lock(Protocol):
         ...
 
     async def renew(self, lease: float) -> bool:
-        """Have it for *lease* seconds more; return False where it is lost, raise where that is not known."""
+        """Keep it for *lease* seconds more; False is that it is lost, an error that nobody knows."""
         ...
 
     async def release(self) -> None:
@@ -166,7 +166,7 @@ class Driver(Generic[T]):
         return ()
 
     def lock(self, value: T, key: str) -> Lock | None:
-        """Return a lock of that name on the value's server, on a connection of its own; None if it has none."""
+        """Return a lock of that name on the value's server, or None where that has none."""
         return None
 
     def transient(self, error: BaseException) -> bool:

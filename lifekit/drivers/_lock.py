@@ -1,7 +1,7 @@
-"""A lock on PostgreSQL: an advisory lock of a session of its own, which the server ends when it is silent.
+"""A lock on PostgreSQL: an advisory lock of a session of its own, which must not fall silent.
 
-`idle_session_timeout` makes a lease of it: a leader that was stopped, or whose machine is gone, loses its
-session, and the lock with that. Its number is that of a transaction, which grows for as long as the
+`idle_session_timeout` makes a lease of it: a leader that was stopped, or whose machine is gone, loses
+its session, and the lock with that. Its number is that of a transaction, which grows for as long as the
 cluster lives; a record in the write-ahead log lets it outlive a crash.
 """
 
@@ -133,8 +133,8 @@ _STANDBY = "this PostgreSQL is a standby, which knows nothing of the locks of ot
 _TOO_OLD = "a lock with a lease needs PostgreSQL 14 or later."
 _POOLED = (
     "between here and PostgreSQL stands a pooler in transaction mode, such as PgBouncer, in which a "
-    "session's lock belongs to nobody. Let leader= or exclusive() name a pool that connects to PostgreSQL "
-    "itself, or to the pooler in session mode."
+    "session's lock belongs to nobody. Let leader= or exclusive() name a pool that connects to "
+    "PostgreSQL itself, or to the pooler in session mode."
 )
 
 
@@ -171,6 +171,10 @@ class AsyncpgSession:
         self._connection.terminate()
 
 
+def _tuples(_: object) -> Callable[[Any], Any]:
+    return tuple  # whatever the application has rows made of
+
+
 class PsycopgSession:
     """A connection of psycopg, with autocommit."""
 
@@ -180,7 +184,7 @@ class PsycopgSession:
 
     async def fetch(self, statement: str) -> Any:
         """Return the first column of the first row."""
-        async with self._connection.cursor(row_factory=lambda _: tuple) as cursor:
+        async with self._connection.cursor(row_factory=_tuples) as cursor:
             await cursor.execute(statement)
             return (await cursor.fetchone())[0]
 

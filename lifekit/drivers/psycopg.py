@@ -312,11 +312,11 @@ class PsycopgDriver(_Pools[Pool]):
         pool: Any = value
 
         async def connect() -> PsycopgSession:
-            given = [pool.conninfo, pool.kwargs]
+            given: list[Any] = [pool.conninfo, pool.kwargs]
             for at, each in enumerate(given):
                 made = each() if callable(each) else each
                 given[at] = await made if inspect.isawaitable(made) else made
-            options = {**(given[1] or {}), "autocommit": True}
+            options: dict[str, Any] = {**(given[1] or {}), "autocommit": True}
             return PsycopgSession(await pool.connection_class.connect(given[0] or "", **options))
 
         return PostgresLock(connect, key)

@@ -23,7 +23,7 @@ _MEND = "Make the client in the factory, so that each lifespan gets its own."
 
 
 class RedisLock:
-    """A key that expires, with a token of its own as its value; and a key for the number, which stays."""
+    """A key that expires, with a token as its value; and a key for the number, which stays."""
 
     def __init__(self, client: Any, key: str) -> None:
         self._client, self._token = client, secrets.token_hex(16)

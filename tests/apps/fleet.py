@@ -1,4 +1,4 @@
-"""One process of a fleet whose leader writes rows: LOCK is the URL of its lock, DATABASE that of the rows.
+"""One process of a fleet whose leader writes rows: LOCK is where the lock is, DATABASE the rows.
 
 Each row has the number of its leader. One that comes after a higher number is refused, and noted.
 """

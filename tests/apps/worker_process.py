@@ -1,4 +1,4 @@
-"""A worker process: ``python -m tests.apps.worker_process WHAT``, where WHAT is one of `MAINS`, or its fate."""
+"""A worker process: ``python -m tests.apps.worker_process WHAT``: one of `MAINS`, or its fate."""
 
 from __future__ import annotations
 
