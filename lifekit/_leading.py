@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import count
 from math import inf
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import CancelScope
@@ -79,9 +79,7 @@ async def exclusive(lock: Any, name: str) -> AsyncGenerator[Leadership]:
         LifekitError: At the end: the lock was lost, and the code was cancelled.
         BaseException: What the driver raised, where the server is not reached.
     """
-    value: Any = lock
-    if isinstance(lock, Resource):
-        value = cast("Resource[Any]", lock).get()
+    value: Any = lock.get() if issubclass(type(lock), Resource) else lock
     if current_block.get() is not None:
         async with lead_alone(name) as alone:
             yield alone

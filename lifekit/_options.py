@@ -144,8 +144,9 @@ def refuse_bad_rules(options: WorkerDeclaration) -> None:
             case "every" | "close_timeout" | "leader" if value is None:
                 pass
             case "leader":
-                is_handle = isinstance(value, Resource) and not isinstance(value, Worker)
-                refuse_unless(is_handle, option, cast("object", value), _LEADER)
+                kind = type(value)
+                is_handle = issubclass(kind, Resource) and not issubclass(kind, Worker)
+                refuse_unless(is_handle, option, value, _LEADER)
             case "every" | "drain" | "close_timeout":
                 refuse_unless(is_seconds(value), option, value, SECONDS)
             case "restart":
