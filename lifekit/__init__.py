@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from . import embedded as embedded
     from . import events as events
     from . import testing as testing
-    from ._errors import (
+    from ._core.drivers import Driver
+    from ._core.errors import (
         CrashError,
         DeadlineError,
         DeclarationError,
@@ -24,14 +25,13 @@ if TYPE_CHECKING:
         StartupError,
         WrongLoopError,
     )
-    from ._health import Health
-    from ._leading import Leadership, exclusive, leadership
-    from ._lifespan import Lifespan
-    from ._registry import Registry
-    from ._resource import Resource
-    from ._stopping import Stopping, stopping
-    from ._worker import Worker
-    from .drivers import Driver
+    from ._core.health import Health
+    from ._core.leading import Leadership, exclusive, leadership
+    from ._core.lifespan import Lifespan
+    from ._core.registry import Registry
+    from ._core.resource import Resource
+    from ._core.stopping import Stopping, stopping
+    from ._core.worker import Worker
 
 __all__ = [
     "CrashError",
@@ -63,16 +63,16 @@ __all__ = [
 _PARTS = {"asgi", "drivers", "embedded", "events", "testing"}
 _HOMES = {
     "Driver": "drivers",
-    "Health": "_health",
-    "Leadership": "_leading",
-    "Lifespan": "_lifespan",
-    "Registry": "_registry",
-    "Resource": "_resource",
-    "Stopping": "_stopping",
-    "Worker": "_worker",
-    "exclusive": "_leading",
-    "leadership": "_leading",
-    "stopping": "_stopping",
+    "Health": "health",
+    "Leadership": "leading",
+    "Lifespan": "lifespan",
+    "Registry": "registry",
+    "Resource": "resource",
+    "Stopping": "stopping",
+    "Worker": "worker",
+    "exclusive": "leading",
+    "leadership": "leading",
+    "stopping": "stopping",
 }
 
 
@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, '_errors')}"), name)
+    value = getattr(import_module(f"{__name__}._core.{_HOMES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

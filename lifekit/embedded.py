@@ -35,7 +35,7 @@ from signal import SIGINT, SIGKILL, SIGQUIT, SIGTERM, Signals
 import anyio
 import anyio.to_thread
 
-from ._redact import redact
+from ._util.redact import redact
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.005

@@ -6,12 +6,12 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ._errors import Phase, summary
-from ._timeline import Timeline
+from ._core.errors import Phase, summary
+from ._core.timeline import Timeline
 
 if TYPE_CHECKING:
-    from ._lifespan import Lifespan
-    from ._worker import OnCrash, WorkerState
+    from ._core.lifespan import Lifespan  # which they name
+    from ._core.worker import OnCrash, WorkerState  # whose ends they tell
 
 logger: logging.Logger = logging.getLogger("lifekit")
 

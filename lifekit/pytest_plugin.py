@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from httpx2 import AsyncClient
     from starlette.testclient import TestClient
 
-    from lifekit._lifespan import Lifespan
-    from lifekit._overrides import Override
-    from lifekit._sandbox import Block
-    from lifekit.asgi import ASGIApp
-    from lifekit.testing._pytest import Account, Place, Run
+    from ._core.block import Block
+    from ._core.lifespan import Lifespan
+    from ._core.overrides import Override
+    from ._core.requests import ASGIApp
+    from .testing._pytest import Account, Place, Run
 
 _INI = "lifekit_app"
 _ISOLATIONS = ("rollback", "none")
@@ -81,7 +81,7 @@ def lifekit_app(pytestconfig: pytest.Config) -> ASGIApp:
     conftest.py for those of its folder, in a module or a class for those there. The application is open
     for as long as the fixture lasts, and as the event loop of the tests does.
     """
-    from lifekit.testing._pytest import load
+    from .testing._pytest import load
 
     return load(_named(pytestconfig), pytestconfig)
 
@@ -128,7 +128,7 @@ def sandbox(_lifekit_place: Place) -> Block:
 @pytest.fixture
 def _lifekit_place(request: pytest.FixtureRequest, lifekit_app: ASGIApp, _lifekit_run: Run) -> Place:
     """Where the application runs for this test, in the block of this test."""
-    from lifekit.testing._pytest import place_of
+    from .testing._pytest import place_of
 
     _check_marker(request.node)  # of a test of unittest's, which is collected otherwise
     return place_of(request, _lifekit_run)
@@ -137,7 +137,7 @@ def _lifekit_place(request: pytest.FixtureRequest, lifekit_app: ASGIApp, _lifeki
 @pytest.fixture(scope="session")
 def _lifekit_run(pytestconfig: pytest.Config) -> Run:
     """What is known of this run."""
-    from lifekit.testing import _pytest
+    from .testing import _pytest
 
     run = pytestconfig.stash[_KEY] = _pytest.Run()
     pytestconfig.pluginmanager.register(_pytest.fixtures(run), "lifekit-fixtures")
@@ -169,7 +169,7 @@ def pytest_fixture_setup(
 
 
 def _entered_here() -> set[Override]:
-    module = sys.modules.get("lifekit._overrides")
+    module = sys.modules.get("lifekit._core.overrides")
     entered: dict[Override, int] = {} if module is None else module.entered.copy()
     return {override for override, thread in entered.items() if thread == get_ident()}
 
@@ -210,7 +210,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Say what would make the run faster, and what is open still."""
     accounts = _said(config)
     if accounts:
-        from lifekit.testing._pytest import summary
+        from .testing._pytest import summary
 
         for number, line in enumerate(summary(accounts, config)):
             if not number:

@@ -37,7 +37,7 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lifekit import DeclarationError, NotOpenError, Registry, Resource, StartupError, WrongLoopError
-from lifekit._backend import running_loop
+from lifekit._util.loops import running_loop
 from lifekit.asgi import combine
 
 pytestmark = pytest.mark.anyio

@@ -19,7 +19,7 @@ import sqlalchemy
 from anyio.lowlevel import checkpoint
 
 from lifekit import CrashError, Driver, Registry, ShutdownError, StartupError, drivers, events
-from lifekit._closing import reached_in
+from lifekit._core.value import reached_in
 
 from .virtual_time import run
 

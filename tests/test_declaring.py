@@ -24,7 +24,7 @@ from lifekit import (
     StartupError,
     events,
 )
-from lifekit._graph import plan
+from lifekit._core.plan import plan
 
 from .virtual_time import run
 

@@ -13,7 +13,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from lifekit import Registry, Resource, ShutdownError, StartupError, events
-from lifekit._timeline import Timeline
+from lifekit._core.timeline import Timeline
 
 from .virtual_time import block, run
 

@@ -25,7 +25,8 @@ from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import lifekit
-from lifekit import CrashError, DeclarationError, Lifespan, Registry, Worker, _leading, testing
+from lifekit import CrashError, DeclarationError, Lifespan, Registry, Worker, testing
+from lifekit._core import leading
 from lifekit.drivers import _lock
 from lifekit.embedded import Server
 
@@ -153,7 +154,7 @@ async def test_a_leader_whose_key_is_gone_is_cancelled_and_leads_anew(
         assert await client.get("lifekit:{fleet.lead}:leader")
         await client.delete("lifekit:{fleet.lead}:leader", "lifekit:{fleet.lead}:number")
         await until(lambda: len(fleet.numbers) > 1)
-        assert await client.pttl("lifekit:{fleet.lead}:leader") <= 1000 * _leading.LEASE
+        assert await client.pttl("lifekit:{fleet.lead}:leader") <= 1000 * leading.LEASE
     async with redis.from_url(valkey.url) as client:
         assert not await client.exists("lifekit:{fleet.lead}:leader")
     assert fleet.numbers == sorted(set(fleet.numbers))

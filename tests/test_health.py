@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint
 from fastapi import FastAPI
 
 from lifekit import Registry, Resource, asgi, testing
-from lifekit._health import CHECK_SECONDS, KEPT_SECONDS
+from lifekit._core.health import CHECK_SECONDS, KEPT_SECONDS
 
 from .virtual_time import run
 

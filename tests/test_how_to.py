@@ -369,7 +369,7 @@ async def test_a_declaration_alone_opens_and_closes_the_same_client(
 ) -> None:
     async with pages.serving() as (kept, port):
         monkeypatch.setenv("PAGES_PORT", str(port))
-        monkeypatch.setattr("lifekit.drivers._registered", {})
+        monkeypatch.setattr("lifekit._core.drivers._registered", {})
         async with pages_declared.registry.lifespan() as lifespan:
             client = lifespan[pages_declared.pages]
             await client.put("home", "welcome")

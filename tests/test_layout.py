@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -44,6 +46,7 @@ class Import(NamedTuple):
     names: tuple[str, ...]
     in_function: bool
     for_types: bool
+    line: int = 0
 
     @property
     def package(self) -> str:
@@ -68,14 +71,14 @@ def _imports(
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             for alias in child.names:
-                yield Import(alias.name, (), in_function, for_types)
+                yield Import(alias.name, (), in_function, for_types, child.lineno)
         elif isinstance(child, ast.ImportFrom):
             names = tuple(alias.name for alias in child.names)
             base = child.module or ""
             if child.level:
                 above = module.split(".")[: len(module.split(".")) - child.level + is_package]
                 base = ".".join([*above, *filter(None, [base])])
-            yield Import(base, names, in_function, for_types)
+            yield Import(base, names, in_function, for_types, child.lineno)
         else:
             inside = in_function or isinstance(
                 child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -87,24 +90,24 @@ def _imports(
 
 
 def part(module: str) -> str:
-    """Return which part of the package *module* is of: ``core``, or a sibling that stands on it."""
-    _, _, rest = module.partition(".")
-    first = rest.partition(".")[0]
-    return first if first and not first.startswith("_") and first != "events" else "core"
+    """Return which part of the package *module* is of; an import of lifekit itself is the core's."""
+    first = module.split(".")[1:2]
+    return "_core" if first in ([], ["events"]) else first[0]
 
 
-def own_imports(file: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the modules of the package that *file* imports when it is imported, and the names."""
-    modules = {module_name(each) for each in FILES}
-    for each in imports(file):
-        if each.package != "lifekit" or each.for_types:
-            continue
-        submodules = [name for name in each.names if f"{each.module}.{name}" in modules]
-        for name in submodules:
-            yield f"{each.module}.{name}", ()
-        names = tuple(name for name in each.names if name not in submodules)
-        if names or not each.names:
-            yield each.module, names
+def meant(each: Import) -> Iterator[str]:
+    """Yield the modules of the package that an import means."""
+    for name in each.names or ("",):
+        module = f"{each.module}.{name}"
+        yield module if module in MODULES else each.module
+
+
+@cache
+def own_imports(file: Path) -> list[tuple[str, Import]]:
+    """Return the modules of the package that *file* imports."""
+    own = (each for each in imports(file) if each.package == "lifekit")
+    found = ((module, each) for each in own for module in meant(each))
+    return [(module, each) for module, each in found if module != module_name(file)]
 
 
 def ids(files: list[Path]) -> list[str]:
@@ -113,26 +116,75 @@ def ids(files: list[Path]) -> list[str]:
 
 
 every_file = pytest.mark.parametrize("file", FILES, ids=ids(FILES))
-CORE = [file for file in FILES if part(module_name(file)) == "core"]
-PARTS = {"asgi", "drivers", "embedded", "sandbox", "testing"}
-SIBLINGS = [file for file in FILES if part(module_name(file)) in PARTS]
-STANDS_ON = {"sandbox": {"drivers", "embedded"}, "testing": {"asgi"}}
-"""Beside the core, which they all stand on."""
+MODULES = {module_name(file): file for file in FILES}
+CORE = [file for file in FILES if part(module_name(file)) == "_core"]
+STANDS_ON = {
+    "_util": set[str](),
+    "_core": {"_util"},
+    "embedded": {"_util"},
+    "drivers": {"_core", "_util"},
+    "asgi": {"_core", "_util"},
+    "_sandbox": {"_core", "_util", "drivers", "embedded"},
+    "testing": {"_core", "_util", "_sandbox"},
+    "pytest_plugin": {"_core", "testing"},
+}
+"""What each part may import, beside itself, for types and in functions too."""
 
 # -- walls -----------------------------------------------------------------------------------------
 
 
 def test_the_walk_sees_the_package_as_it_is() -> None:
-    assert len(CORE) > 10
-    assert {part(module_name(file)) for file in SIBLINGS} == PARTS
-    seen = dict(own_imports(PACKAGE / "_registry.py"))
-    assert seen["lifekit.asgi"] == ("bind_requests",)
-    assert seen["lifekit._lifespan"] == ("Lifespan",)
-    assert ("lifekit.drivers", ()) in own_imports(PACKAGE / "_closing.py")
-    assert "lifekit._redact" in dict(own_imports(PACKAGE / "drivers" / "asyncpg.py"))
-    assert Import("starlette.requests", ("HTTPConnection",), True, False) in imports(
-        PACKAGE / "_resource.py"
-    )
+    assert {part(module) for module in MODULES} == STANDS_ON.keys()
+    assert min(sum(part(each) == name for each in MODULES) for name in ("_core", "drivers")) > 10
+    seen = dict(own_imports(MODULES["lifekit._core.registry"]))
+    assert seen["lifekit._core.requests"].names == ("bind_requests",)
+    assert seen["lifekit.events"].for_types
+    assert "lifekit._util.redact" in dict(own_imports(MODULES["lifekit.drivers.asyncpg"]))
+    assert "lifekit._core.drivers" in dict(own_imports(MODULES["lifekit._core.value"]))
+    [lazy] = [each for each in imports(MODULES["lifekit._core.resource"]) if each.in_function]
+    assert lazy[:4] == ("starlette.requests", ("HTTPConnection",), True, False)
+
+
+@every_file
+def test_a_part_imports_what_it_stands_on_and_no_other(file: Path) -> None:
+    if file == PACKAGE / "__init__.py":  # which names them all
+        return
+    here = part(module_name(file))
+    for module, each in own_imports(file):
+        assert part(module) in {here, *STANDS_ON[here]}, f"line {each.line}: {module}"
+
+
+def test_imports_go_round_in_no_circle() -> None:
+    TopologicalSorter(
+        {
+            name: {
+                module
+                for module, each in own_imports(file)
+                if not each.for_types and not each.in_function
+            }
+            for name, file in MODULES.items()
+        }
+    ).prepare()
+
+
+@cache
+def reached(module: str) -> set[str]:
+    """Return all that *module* reaches by imports, those for types and in functions too."""
+    found, left = set[str](), [module]
+    while left:
+        for name in (name for name, _ in own_imports(MODULES[left.pop()])):
+            if name not in found:
+                found.add(name)
+                left.append(name)
+    return found
+
+
+@every_file
+def test_an_import_for_types_that_goes_back_says_why(file: Path) -> None:
+    lines = file.read_text("utf-8").splitlines()
+    for module, each in own_imports(file):
+        if each.for_types and module_name(file) in reached(module):
+            assert "#" in lines[each.line - 1], lines[each.line - 1].strip()
 
 
 @pytest.mark.parametrize("file", CORE, ids=ids(CORE))
@@ -143,57 +195,14 @@ def test_the_core_imports_no_driver_and_no_framework(file: Path) -> None:
             assert each.in_function or each.for_types, f"{each.module} at the top of {file.name}"
 
 
-DOORS = {
-    ("lifekit", "lifekit.drivers"): {"Driver"},
-    ("lifekit._registry", "lifekit.asgi"): {"bind_requests"},
-    ("lifekit._closing", "lifekit.drivers"): set[str](),
-    ("lifekit._closing", "lifekit.sandbox._stores"): {"refusal"},
-    ("lifekit._engine", "lifekit.drivers"): set[str](),
-    ("lifekit._lifespan", "lifekit.drivers"): set[str](),
-    ("lifekit._lifespan", "lifekit.sandbox._by_gateway"): {"PostgresSandbox"},
-    ("lifekit._life", "lifekit.drivers"): set[str](),
-    ("lifekit._transient", "lifekit.drivers"): set[str](),
-}
-
-
-@pytest.mark.parametrize("file", CORE, ids=ids(CORE))
-def test_the_core_stands_on_no_other_part_but_by_its_doors(file: Path) -> None:
-    for module, names in own_imports(file):
-        if part(module) != "core":
-            door = DOORS.get((module_name(file), module))
-            assert door is not None, f"{module_name(file)} imports {module}"
-            assert set(names) <= door
-
-
-@pytest.mark.parametrize("file", SIBLINGS, ids=ids(SIBLINGS))
-def test_the_parts_on_the_core_import_no_other_part_but_what_they_stand_on(file: Path) -> None:
-    here = part(module_name(file))
-    for module, _ in own_imports(file):
-        if (module_name(file), module) not in SANDBOX_DOORS:
-            assert part(module) in {"core", here, *STANDS_ON.get(here, ())}, f"{file.name}: {module}"
-
-
-SANDBOX_DOORS = {(f"lifekit.drivers.{name}", f"lifekit.sandbox.{name}") for name in ("redis",)}
-
-
-def test_a_driver_imports_its_sandbox_when_one_is_asked_for() -> None:
-    for driver, sandbox in SANDBOX_DOORS:
-        file = ROOT / f"{driver.replace('.', '/')}.py"
-        doors = [each for each in imports(file) if each.module.startswith("lifekit.sandbox")]
-        assert {each.module for each in doors} == {sandbox}
-        assert all(each.in_function for each in doors)
-
-
-SHARED = ("_checkouts", "_doors", "_libpq")
+SHARED = {f"lifekit.drivers.{name}" for name in ("_checkouts", "_doors", "_libpq", "_lock")}
 DRIVERS = sorted((PACKAGE / "drivers").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("file", DRIVERS, ids=ids(DRIVERS))
 def test_a_driver_imports_no_other_driver(file: Path) -> None:
     for module, _ in own_imports(file):
-        shared = {"lifekit.drivers", *(f"lifekit.drivers.{each}" for each in SHARED)}
-        own = (module_name(file), module) in SANDBOX_DOORS
-        assert part(module) == "core" or own or module in shared
+        assert part(module) != "drivers" or module in SHARED
 
 
 BESIDE = {
@@ -204,15 +213,17 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("file", SIBLINGS, ids=ids(SIBLINGS))
+OF_REDIS = {"client", "gate", "lease"}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file not in CORE])
 def test_what_a_part_needs_of_other_packages_is_its_own_kind(file: Path) -> None:
     foreign = {each.package for each in imports(file) if not each.for_types and not each.in_function}
-    if part(module_name(file)) == "drivers" and file in DRIVERS:
+    if file in DRIVERS:
         foreign -= {file.stem, *BESIDE.get(file.stem, ())}
-    if part(module_name(file)) == "sandbox":
-        package = file.stem.removeprefix("_").partition("_")[0]
-        foreign -= {package, *BESIDE.get(package, ())}
-    if file.parent == PACKAGE / "testing" and file.stem in ("_pytest", "_loops", "_seeds"):
+    if file.parent == PACKAGE / "_sandbox" / "redis" and file.stem in OF_REDIS:
+        foreign -= {"redis"}
+    if file.stem in ("_pytest", "_loops", "_seeds", "pytest_plugin"):
         foreign -= {"pytest"}
     assert not foreign & (DRIVEN | FRAMEWORKS | TEST_LIBRARIES | {"trio"})
 
@@ -234,6 +245,7 @@ def test_the_public_names_are_these() -> None:
         "DeclarationError",
         "Driver",
         "Health",
+        "Leadership",
         "LifekitError",
         "Lifespan",
         "NotOpenError",
@@ -249,6 +261,8 @@ def test_the_public_names_are_these() -> None:
         "Stopping",
         "Worker",
         "WrongLoopError",
+        "exclusive",
+        "leadership",
         "stopping",
     ]
     assert lifekit.__all__ == sorted(lifekit.__all__)
@@ -256,7 +270,7 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_the_public_names_of_the_parts_are_these() -> None:
-    assert asgi.__all__ == ["combine", "health"]
+    assert asgi.__all__ == ["combine", "health", "lifespan_of"]
     assert drivers.__all__ == ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
     assert testing.__all__ == [
         "Sandboxing",
@@ -287,6 +301,8 @@ def test_the_events_are_these_with_these_fields() -> None:
         "Terminated": of_resource,
         "Closed": [*of_resource, "seconds", "clean"],
         "WorkerStarted": of_resource,
+        "Leading": [*of_resource, "number"],
+        "LeadershipLost": [*of_resource, "number", "reason"],
         "WorkerFailed": [*of_resource, "error", "delay"],
         "WorkerEnded": [*of_resource, "state"],
         "Crashed": [*of_resource, "error", "on_crash"],

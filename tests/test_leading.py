@@ -13,7 +13,8 @@ from anyio.lowlevel import checkpoint
 
 import lifekit
 from lifekit import CrashError, DeclarationError, LifekitError, Registry, drivers, events
-from lifekit._leading import LEASE
+from lifekit._core import drivers as core_drivers
+from lifekit._core.leading import LEASE
 
 from .leaks import tasks_alive
 from .virtual_time import block, run
@@ -82,7 +83,7 @@ class ServerDriver(drivers.Driver[Server]):
 def _known() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     drivers.register(Server, ServerDriver())
     yield
-    drivers._registered.pop(Server)  # pyright: ignore[reportPrivateUsage]
+    core_drivers._registered.pop(Server)  # pyright: ignore[reportPrivateUsage]
 
 
 class Fleet:

@@ -27,8 +27,8 @@ from lifekit import (
     Registry,
     ShutdownError,
     StartupError,
-    _backend,
 )
+from lifekit._util import loops as _backend
 from lifekit.drivers import register
 
 from . import virtual_time
@@ -37,7 +37,7 @@ from . import virtual_time
 @pytest.fixture(autouse=True)
 def own_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drivers that a test registers are forgotten after it."""
-    monkeypatch.setattr("lifekit.drivers._registered", {})
+    monkeypatch.setattr("lifekit._core.drivers._registered", {})
 
 
 in_virtual_time = pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -65,7 +65,7 @@ def test_a_task_of_lifekits_cancelled_before_its_first_step_hangs_nothing(
             made[-1].cancel()
         return made[-1]
 
-    monkeypatch.setattr("lifekit._engine.spawn", spawn)
+    monkeypatch.setattr("lifekit._core.engine.spawn", spawn)
 
     async def main() -> None:
         with pytest.raises(LifekitError):

@@ -26,7 +26,7 @@ from lifekit import (
     StartupError,
     events,
 )
-from lifekit._backend import running_loop
+from lifekit._util.loops import running_loop
 from lifekit.testing import client
 
 pytestmark = pytest.mark.anyio

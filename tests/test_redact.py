@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lifekit import DeadlineError, Registry, ShutdownError, StartupError, events
-from lifekit._redact import redact
-from lifekit._stand_in import redact_error
+from lifekit._core.stand_in import redact_error
+from lifekit._util.redact import redact
 
 from .virtual_time import run
 

@@ -43,7 +43,7 @@ INNER = {
     *(f"lifekit.Worker.{name}" for name in ("get", "name", "location", "rules")),  # of a Resource
     *("lifekit.Lifespan.variables", "lifekit.Lifespan.location"),
     *("lifekit.StartupError.derive", "lifekit.ShutdownError.derive"),  # ExceptionGroup's
-    *("lifekit.asgi.with_request_context", "lifekit.asgi.bind_requests", "lifekit.events.log"),
+    "lifekit.events.log",
 }
 """What lifekit's own parts use of each other, and begins with no underscore."""
 
@@ -99,13 +99,14 @@ def _names() -> dict[str, Any]:
 def _classes() -> dict[str, type]:
     """Return the public classes, and those that a public one gives."""
     found = {name: value for name, value in _names().items() if inspect.isclass(value)}
+    del found["lifekit.drivers.Driver"]  # which is lifekit.Driver
     given = (
-        *("_options.Declaration", "_options.WorkerDeclaration"),
-        *("_worker.WorkerStatus", "_health.ResourceHealth", "_timeline.Timeline", "_timeline.Span"),
+        *("options.Declaration", "options.WorkerDeclaration"),
+        *("worker.WorkerStatus", "health.ResourceHealth", "timeline.Timeline", "timeline.Span"),
     )
     for path in given:
-        module, _, name = path.partition(".")
-        found[f"lifekit.{path}"] = getattr(importlib.import_module(f"lifekit.{module}"), name)
+        module, _, name = f"lifekit._core.{path}".rpartition(".")
+        found[f"{module}.{name}"] = getattr(importlib.import_module(module), name)
     return found
 
 
@@ -128,7 +129,7 @@ def test_the_modules_are_those_that_are_public() -> None:
     parts = {name.removeprefix("lifekit.") for name in MODULES} - {"lifekit"}
     assert {name for name in dir(lifekit) if inspect.ismodule(getattr(lifekit, name))} >= parts
     public = {path.stem for path in (ROOT / "lifekit").glob("[!_]*") if path.stem != "py"}
-    assert public == parts | {"pytest_plugin", "sandbox"}  # the first has its fixtures, the second none
+    assert public == parts | {"pytest_plugin"}  # which has its fixtures
 
 
 @pytest.mark.parametrize("name", _names())

@@ -22,7 +22,7 @@ import sqlalchemy.exc
 from asyncpg import exceptions as asyncpg_errors
 
 from lifekit import DeclarationError, Registry, StartupError, drivers
-from lifekit._transient import is_transient
+from lifekit._core.transient import is_transient
 
 from . import virtual_time
 
@@ -178,7 +178,7 @@ def test_a_single_connection_is_tried_again_though_no_pool_is_imported(package: 
     script = f"""
 import asyncio, sys, {package}
 from {package} import *
-from lifekit._transient import is_transient
+from lifekit._core.transient import is_transient
 async def main():
     try: {SINGLE[package]}
     except Exception as error: assert is_transient(error), error
@@ -336,7 +336,7 @@ def test_a_registered_driver_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -
         def transient(self, error: BaseException) -> bool:
             return error.args == ("no broker",)
 
-    monkeypatch.setattr(drivers, "_registered", {UnheardOfError: Mine()})
+    monkeypatch.setattr("lifekit._core.drivers._registered", {UnheardOfError: Mine()})
     assert is_transient(UnheardOfError("no broker"))
     assert not is_transient(UnheardOfError())
 

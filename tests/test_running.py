@@ -23,15 +23,7 @@ from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 from starlette.requests import HTTPConnection
 
-from lifekit import (
-    LifekitError,
-    NotOpenError,
-    Registry,
-    Resource,
-    StartupError,
-    WrongLoopError,
-    events,
-)
+from lifekit import LifekitError, NotOpenError, Registry, Resource, StartupError, WrongLoopError, events
 
 from .leaks import tasks_alive
 

@@ -22,7 +22,8 @@ from lifekit import (
     SandboxUnsupportedError,
     drivers,
 )
-from lifekit._sandbox import refuse_stragglers
+from lifekit._core.block import refuse_stragglers
+from lifekit._core.drivers import _registered  # pyright: ignore[reportPrivateUsage]
 from lifekit.drivers import Sandbox
 from lifekit.testing import sandboxing
 
@@ -99,7 +100,7 @@ def driven() -> Iterator[None]:
     """Tables have their driver."""
     drivers.register(Table, TableDriver())
     yield
-    del drivers._registered[Table]  # pyright: ignore[reportPrivateUsage]
+    del _registered[Table]
 
 
 class Shop:

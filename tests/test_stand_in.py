@@ -28,8 +28,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from lifekit import Registry, StartupError, events
-from lifekit._errors import note_once, summary
-from lifekit._stand_in import redact_error
+from lifekit._core.errors import note_once, summary
+from lifekit._core.stand_in import redact_error
 
 SECRET = "hunter2"
 DSN = f"postgresql://app:{SECRET}@db.example.org/shop"
@@ -127,7 +127,7 @@ async def test_what_was_cancelled_for_the_sake_of_a_failure_is_not_searched_for_
         searched.append(error)
         return redact_error(error, *about)
 
-    monkeypatch.setattr("lifekit._life.redact_error", search)
+    monkeypatch.setattr("lifekit._core.life.redact_error", search)
     registry = Registry()
     for number in range(3):
         registry.resource(name=f"slow_{number}")(anyio.sleep_forever)

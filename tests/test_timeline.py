@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from lifekit import LifekitError, Registry, Resource, StartupError
-from lifekit._timeline import Span, Timeline, timeline
+from lifekit._core.timeline import Span, Timeline, timeline
 
 from .virtual_time import run
 

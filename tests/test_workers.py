@@ -15,7 +15,7 @@ from anyio.lowlevel import checkpoint
 
 import lifekit
 from lifekit import CrashError, DeclarationError, Registry, ShutdownError, Worker, events
-from lifekit._worker import Rules, Supervision
+from lifekit._core.worker import Rules, Supervision
 
 from .leaks import tasks_alive
 from .virtual_time import run

@@ -11,11 +11,10 @@ from types import FrameType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
-from lifekit._errors import SandboxBusyError, note_once
-from lifekit._sandbox import Block, current_block
-from lifekit._stack import Site, caller_frame, code_line, suspended_frames
-
-from . import Driver, Gateway, Sandbox
+from lifekit._core.block import Block, current_block
+from lifekit._core.drivers import Driver, Gateway, Sandbox
+from lifekit._core.errors import SandboxBusyError, note_once
+from lifekit._util.call_sites import Site, caller_frame, code_line, suspended_frames
 
 T = TypeVar("T")
 _SHOWN = 10

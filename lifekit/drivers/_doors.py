@@ -6,14 +6,15 @@ makes by itself goes through the door of its package, and from there to the gate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
-from lifekit._stack import caller_frame
+from lifekit._core.drivers import Gateway, load
+from lifekit._util.call_sites import caller_frame
 
-from . import Gateway
 from ._checkouts import Checkout, current_task
 
 _LIBPQS = ("aiopg", "psycopg", "psycopg2", "psycopg_pool")
@@ -48,6 +49,23 @@ def by_way_of(gateway: Gateway | None) -> Generator[None]:
         yield
     finally:
         chosen.reset(token)
+
+
+DOORS = {
+    "asyncpg": "asyncpg.door",
+    "pg8000": "pg8000.door",
+    "psycopg": "psycopg_connection.door",
+    "psycopg2": "psycopg2.door",
+}
+"""By package."""
+
+
+def doors(known: Collection[str]) -> Iterator[tuple[str, Door]]:
+    """Yield the doors of the packages that have been imported and are not *known*, with their names."""
+    for package, door in DOORS.items():
+        if package not in known and sys.modules.get(package) is not None:
+            with suppress(ImportError, AttributeError):  # a stand-in for the package
+                yield package, load(door)
 
 
 def checkout() -> Checkout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from lifekit._transient import BUGS, meets_a_bad_certificate
+from lifekit._core.transient import BUGS, meets_a_bad_certificate
 
 # Of a connection that was never made they give no SQLSTATE, only libpq's text.
 _LIBPQ_TRANSIENT = re.compile(

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from lifekit._errors import SandboxUnsupportedError
-
-from . import Gateway, Tls
+from lifekit._core.drivers import Gateway, Tls
+from lifekit._core.errors import SandboxUnsupportedError
 
 _VARIABLES = {
     "host": "PGHOST",

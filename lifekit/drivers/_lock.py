@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import anyio
 
-from lifekit._errors import DeclarationError
+from lifekit._core.errors import DeclarationError
 
 _NUMBER = "select pg_current_xact_id()::text::bigint from pg_logical_emit_message(true, 'lifekit', '')"
 

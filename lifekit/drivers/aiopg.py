@@ -16,12 +16,12 @@ from psycopg2.extensions import (
     parse_dsn,
 )
 
-from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError, SandboxEscapedError, note_once
-from lifekit._redact import redact
-from lifekit._sandbox import refuse_stragglers
+from lifekit._core.block import refuse_stragglers
+from lifekit._core.drivers import Gateway, Sandbox, judge
+from lifekit._core.errors import DeclarationError, SandboxEscapedError, note_once
+from lifekit._util.loops import running_loop
+from lifekit._util.redact import redact
 
-from . import Gateway, Sandbox, judge
 from ._checkouts import Checkout, Checkouts, Connected, Pooled, mix_in, pool_sandbox
 from ._doors import by_way_of
 from ._lock import AiopgSession, PostgresLock

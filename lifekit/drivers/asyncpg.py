@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 import asyncpg
 from asyncpg import connect_utils, exceptions
 
-from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError, SandboxEscapedError, note_once
-from lifekit._redact import redact
-from lifekit._sandbox import current_block, refuse_stragglers
+from lifekit._core.block import current_block, refuse_stragglers
+from lifekit._core.drivers import Gateway, Sandbox, judge
+from lifekit._core.errors import DeclarationError, SandboxEscapedError, note_once
+from lifekit._util.loops import running_loop
+from lifekit._util.redact import redact
 
-from . import Gateway, Sandbox, judge
 from ._checkouts import Checkouts, Connected, Pooled, mix_in, pool_sandbox
 from ._doors import Door, Here, by_way_of, checkout
 from ._lock import AsyncpgSession, PostgresLock

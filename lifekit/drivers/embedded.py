@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlsplit
 
-from lifekit._redact import redact
-
-from . import Driver, Gateway, Sandbox
+from lifekit._core.drivers import Driver, Gateway, Sandbox
+from lifekit._util.redact import redact
 
 
 class _Url(Sandbox):

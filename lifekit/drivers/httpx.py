@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
-from lifekit._errors import DeclarationError
-from lifekit._redact import redact
-
-from . import Driver, judge
+from lifekit._core.drivers import Driver, judge
+from lifekit._core.errors import DeclarationError
+from lifekit._util.redact import redact
 
 _PACKAGES = {"httpx", "httpx2"}
 

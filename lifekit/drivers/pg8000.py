@@ -8,7 +8,8 @@ from typing import Any
 
 from pg8000 import core  # type: ignore[import-untyped]
 
-from . import Tls
+from lifekit._core.drivers import Tls
+
 from ._doors import Door, Here, checkout
 
 

@@ -18,11 +18,11 @@ from psycopg2.extensions import (
 )
 from psycopg2.pool import AbstractConnectionPool
 
-from lifekit._errors import DeclarationError, SandboxEscapedError
-from lifekit._redact import redact
-from lifekit._sandbox import refuse_stragglers
+from lifekit._core.block import refuse_stragglers
+from lifekit._core.drivers import Gateway, Sandbox, judge
+from lifekit._core.errors import DeclarationError, SandboxEscapedError
+from lifekit._util.redact import redact
 
-from . import Gateway, Sandbox, judge
 from ._checkouts import Checkouts, Connected, Pooled, mix_in, pool_sandbox
 from ._doors import Door, Here, by_way_of, checkout, chosen
 

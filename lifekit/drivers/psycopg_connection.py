@@ -11,11 +11,11 @@ import anyio
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from lifekit._errors import DeclarationError
-from lifekit._redact import redact
-from lifekit._sandbox import refuse_stragglers
+from lifekit._core.block import refuse_stragglers
+from lifekit._core.drivers import judge
+from lifekit._core.errors import DeclarationError
+from lifekit._util.redact import redact
 
-from . import judge
 from ._checkouts import Checkouts, Connected, called_like
 from ._doors import Door, Here, checkout
 

@@ -6,16 +6,16 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import anyio
 from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis, RedisCluster, SSLConnection
 
-from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError
-from lifekit._redact import redact
-
-from . import Driver, Gateway, Sandbox, judge
+from lifekit._core.drivers import Driver, Gateway, Leased, Sandbox, judge
+from lifekit._core.errors import DeclarationError
+from lifekit._util.loops import running_loop
+from lifekit._util.redact import redact
 
 Client = Redis | RedisCluster | ConnectionPool
 
@@ -76,6 +76,9 @@ _RELEASE = (
 class RedisDriver(Driver[Client]):
     """Clients of redis.asyncio, of one server and of a cluster, and pools that clients are given."""
 
+    def __init__(self) -> None:
+        self._leased: WeakKeyDictionary[Any, Leased] = WeakKeyDictionary()
+
     async def open(self, value: Client) -> Client:
         """Take a client that works in no other loop; one of a cluster learns its nodes."""
         client: Any = value
@@ -126,16 +129,13 @@ class RedisDriver(Driver[Client]):
 
     def redirect(self, value: Client, gateway: Gateway) -> Sandbox | None:
         """Let the client work in a database that its lifespan leases."""
-        from lifekit.sandbox.redis import sandbox
-
-        return sandbox(value, self.describe(value), gateway)
+        leased = self._leased[value] = gateway.lease(value, self.describe(value))
+        return leased
 
     async def reconnect(self, value: Client) -> None:
         """Lease that database, and let what connects from now on select it."""
-        from lifekit.sandbox.redis import enter
-
         if _is_here(value):  # else `open` refuses it: it is another's
-            await enter(value)
+            await self._leased[value].open()
 
     def lock(self, value: Client, key: str) -> RedisLock:
         """Return a lock with a lease: a key that expires."""

@@ -22,13 +22,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 from sqlalchemy.util import greenlet_spawn
 
-from lifekit._backend import running_loop
-from lifekit._errors import DeclarationError, SandboxEscapedError, SandboxUnsupportedError
-from lifekit._redact import redact
-from lifekit._sandbox import refuse_stragglers
-from lifekit._transient import is_known_to_pass
+from lifekit._core.block import refuse_stragglers
+from lifekit._core.drivers import Gateway, Sandbox
+from lifekit._core.errors import DeclarationError, SandboxEscapedError, SandboxUnsupportedError
+from lifekit._core.transient import is_known_to_pass
+from lifekit._util.loops import running_loop
+from lifekit._util.redact import redact
 
-from . import Gateway, Sandbox
 from ._checkouts import Checkout, Checkouts, Pooled, current_task, mix_in, pool_sandbox
 from ._doors import by_way_of
 from ._lock import AsyncpgSession, PostgresLock, PsycopgSession, Session

@@ -6,10 +6,11 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
-from lifekit._errors import DeclarationError
-from lifekit._sandbox import Sandboxing
-from lifekit._sandbox import sandboxing as _current
+from lifekit._core.block import Sandboxing
+from lifekit._core.block import sandboxing as _current
+from lifekit._core.errors import DeclarationError
 
+from ._app import isolation
 from ._client import client, sync_client
 from ._fake_redis import fake_redis
 from ._mock import mock
@@ -56,7 +57,7 @@ def sandboxing() -> Generator[Sandboxing]:
 
     ``as`` gives an object whose ``lifespans`` are those that run.
     """
-    outer, made = _current.get(), Sandboxing()
+    outer, made = _current.get(), Sandboxing(isolation)
     _current.set(made)
     try:
         yield made

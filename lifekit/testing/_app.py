@@ -11,8 +11,9 @@ from typing import Any
 import anyio
 
 from lifekit import events
-from lifekit._backend import running_loop, sit_out, spawn
-from lifekit._errors import (
+from lifekit._core.block import Block, Sandboxing, sandboxing, workers_wanted
+from lifekit._core.drivers import Isolation
+from lifekit._core.errors import (
     LifekitError,
     SandboxError,
     ShutdownError,
@@ -21,12 +22,19 @@ from lifekit._errors import (
     summary,
     text_of,
 )
-from lifekit._lifespan import Lifespan
-from lifekit._overrides import overrides, refuse_useless
-from lifekit._redact import redact
-from lifekit._sandbox import Block, Sandboxing, sandboxing, workers_wanted
-from lifekit._stand_in import redact_error
-from lifekit.asgi import ASGIApp, Scope
+from lifekit._core.lifespan import Lifespan
+from lifekit._core.overrides import overrides, refuse_useless
+from lifekit._core.requests import ASGIApp, Scope
+from lifekit._core.stand_in import redact_error
+from lifekit._util.loops import running_loop, sit_out, spawn
+from lifekit._util.redact import redact
+
+
+def isolation() -> Isolation:
+    """Return what undoes, in one lifespan, all that reaches PostgreSQL or Redis."""
+    from lifekit._sandbox.postgres.sandbox import PostgresSandbox  # here, for other tests go without
+
+    return PostgresSandbox()
 
 
 @asynccontextmanager
@@ -73,7 +81,7 @@ class Running:
         self.state: dict[str, Any] = {}
         self.unsupported: Exception | None = None
         self.application = app
-        self._opened = Sandboxing()
+        self._opened = Sandboxing(isolation)
         self._loop: object = None
         self._scope = anyio.CancelScope()
         self._stop = anyio.Event()

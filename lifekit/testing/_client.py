@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from lifekit._errors import LifekitError
-from lifekit._sandbox import current_block
-from lifekit.asgi import ASGIApp
+from lifekit._core.block import current_block
+from lifekit._core.errors import LifekitError
+from lifekit._core.requests import ASGIApp
 
 from ._app import Running, running
 from ._websocket import transport_for

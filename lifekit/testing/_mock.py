@@ -16,7 +16,10 @@ from importlib import import_module
 from typing import Any, Final, cast
 from unittest.mock import AsyncMock, MagicMock, NonCallableMagicMock
 
-from lifekit._annotations import (
+from lifekit._core.errors import OverrideError
+from lifekit._core.factory import signature_of
+from lifekit._core.resource import Resource
+from lifekit._util.annotations import (
     AWAITED,
     ENTERED,
     ITERATED,
@@ -31,11 +34,8 @@ from lifekit._annotations import (
     return_of,
     value_type,
 )
-from lifekit._backend import running_loop
-from lifekit._errors import OverrideError
-from lifekit._factory import signature_of
-from lifekit._resource import Resource
-from lifekit._stack import caller
+from lifekit._util.call_sites import caller
+from lifekit._util.loops import running_loop
 
 # asyncpg annotates none of these.
 UNSAID: Final = {

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from lifekit._backend import running_loop
-from lifekit._lifespan import Lifespan
-from lifekit._overrides import Override, entered, overrides
-from lifekit._sandbox import Block
-from lifekit.asgi import ASGIApp
+from lifekit._core.block import Block
+from lifekit._core.lifespan import Lifespan
+from lifekit._core.overrides import Override, entered, overrides
+from lifekit._core.requests import ASGIApp
+from lifekit._util.loops import running_loop
 
 from ._app import Running, lifespan_of, running
 from ._client import client_of, known_options, sandbox_in, sync_client_of

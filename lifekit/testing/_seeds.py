@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 from anyio.from_thread import BlockingPortal
 
-from lifekit._errors import SandboxError
-from lifekit._sandbox import Block, current_block
-from lifekit._stack import Site
+from lifekit._core.block import Block, current_block
+from lifekit._core.errors import SandboxError
+from lifekit._util.call_sites import Site
 
 from ._app import Running, lifespan_of
 from ._client import OptionError

@@ -18,8 +18,8 @@ from typing import Any, cast
 import anyio
 from anyio.lowlevel import checkpoint
 
-from lifekit._backend import sit_out, spawn
-from lifekit.asgi import ASGIApp
+from lifekit._core.requests import ASGIApp
+from lifekit._util.loops import sit_out, spawn
 
 Message = MutableMapping[str, Any]
 

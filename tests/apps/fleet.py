@@ -15,10 +15,11 @@ import redis.asyncio as redis
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import lifekit
-from lifekit import Registry, _leading
+from lifekit import Registry
+from lifekit._core import leading
 
 LOCK, DATABASE, KIND = os.environ["LOCK"], os.environ["DATABASE"], os.environ["KIND"]
-_leading.LEASE = float(os.environ["LEASE"])
+leading.LEASE = float(os.environ["LEASE"])
 
 registry = Registry("fleet")
 

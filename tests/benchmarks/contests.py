@@ -97,7 +97,7 @@ def graphs(
 
 IMPORTS = {
     # The modules, too, that it leaves for the first lifespan.
-    "lifekit": "from lifekit import Registry, _engine, _timeline, drivers, events",
+    "lifekit": "from lifekit import Registry, _core, events; from lifekit._core import engine",
     "svcs": "import svcs.fastapi",
     "dishka": "import dishka.integrations.fastapi",
     "wireup": "import wireup.integration.fastapi",

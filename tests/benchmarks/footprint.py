@@ -46,7 +46,7 @@ def imports(*, rounds: int = 40) -> list[Row]:
             floor, ours = await interleave(
                 rounds,
                 partial(seconds, "asyncio, anyio"),
-                partial(seconds, "lifekit._registry"),
+                partial(seconds, "lifekit._core.registry"),
             )
         # In pairs: no two processes are alike, but neighbours find the same host.
         ratio = paired_ratio(floor, ours)

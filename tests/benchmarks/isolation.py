@@ -91,7 +91,7 @@ async def opened():
 """
 PLUGIN = """
 import shortener.main, lifekit.testing._pytest, httpx2  # as the others, before the first test
-import lifekit.sandbox._by_gateway, lifekit.sandbox.redis
+import lifekit._sandbox.postgres.sandbox, lifekit._sandbox.redis.client
 """
 FUNCTION_SCOPED = """
 @pytest_asyncio.fixture

@@ -14,7 +14,7 @@ import anyio.lowlevel
 import psycopg2
 import pytest
 
-from lifekit._stack import code_line
+from lifekit._util.call_sites import code_line
 from lifekit.embedded import Server
 
 

@@ -17,7 +17,7 @@ import psycopg2
 import pytest
 from psycopg2 import errors
 
-from lifekit._errors import DeclarationError
+from lifekit._core.errors import DeclarationError
 from lifekit.drivers.aiopg import driver
 
 from .conftest import Sessions, below, ended, until

@@ -14,8 +14,8 @@ import asyncpg
 import pytest
 from asyncpg import exceptions
 
-from lifekit._errors import DeclarationError
-from lifekit._transient import is_transient
+from lifekit._core.errors import DeclarationError
+from lifekit._core.transient import is_transient
 from lifekit.drivers.asyncpg import driver
 
 from .conftest import Sessions, below, ended, until

@@ -12,7 +12,7 @@ import httpx
 import httpx2
 import pytest
 
-from lifekit._errors import DeclarationError
+from lifekit._core.errors import DeclarationError
 from lifekit.drivers.httpx import driver
 
 pytestmark = pytest.mark.anyio

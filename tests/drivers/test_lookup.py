@@ -42,7 +42,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def _nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drivers, "_registered", {})
+    monkeypatch.setattr("lifekit._core.drivers._registered", {})
 
 
 def imported_by(code: str) -> set[str]:

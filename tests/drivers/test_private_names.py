@@ -23,9 +23,9 @@ _FILES = [
         for name in ("asyncpg", "aiopg", "psycopg", "psycopg_connection", "psycopg2", "sqlalchemy")
     ),
     *(_PACKAGE / "drivers" / f"{name}.py" for name in ("__init__", "_checkouts", "_libpq")),
-    _PACKAGE / "sandbox" / "_by_gateway.py",
-    _PACKAGE / "sandbox" / "_waits.py",
-    *sorted((_PACKAGE / "sandbox" / "_postgres").glob("*.py")),
+    _PACKAGE / "_sandbox" / "postgres" / "sandbox.py",
+    _PACKAGE / "_sandbox" / "waits.py",
+    *sorted((_PACKAGE / "_sandbox" / "postgres").glob("*.py")),
 ]
 
 

@@ -13,8 +13,8 @@ import pytest
 from psycopg_pool import AsyncConnectionPool, AsyncNullConnectionPool, PoolTimeout
 
 from lifekit import Registry, ShutdownError, StartupError, drivers
-from lifekit._errors import DeadlineError, DeclarationError
-from lifekit._transient import is_transient
+from lifekit._core.errors import DeadlineError, DeclarationError
+from lifekit._core.transient import is_transient
 from lifekit.drivers.psycopg import driver
 
 from .conftest import Sessions, below, ended, until

@@ -23,7 +23,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ConstantBackoff
 
 from lifekit import embedded
-from lifekit._errors import DeclarationError
+from lifekit._core.errors import DeclarationError
 from lifekit.drivers.redis import Client, driver
 
 from .conftest import ended, until

@@ -17,8 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, StaticPool
 
 from lifekit import drivers
-from lifekit._errors import DeclarationError
-from lifekit._transient import is_transient
+from lifekit._core.errors import DeclarationError
+from lifekit._core.transient import is_transient
 from lifekit.drivers.sqlalchemy import driver
 
 from .conftest import Sessions, below, until

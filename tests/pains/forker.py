@@ -25,9 +25,9 @@ SECONDS = 300
 IMPORTED = (
     "aiopg asyncpg fastapi.testclient fastapi httpx httpx2 psycopg_pool pytest pytest_asyncio "
     "redis.asyncio sqlalchemy.ext.asyncio uvicorn fakeredis lifekit.pytest_plugin "
-    "lifekit.testing._pytest lifekit._engine lifekit.drivers.aiopg lifekit.drivers.asyncpg "
+    "lifekit.testing._pytest lifekit._core.engine lifekit.drivers.aiopg lifekit.drivers.asyncpg "
     "lifekit.drivers.psycopg lifekit.drivers.redis lifekit.drivers.sqlalchemy "
-    "lifekit.sandbox._by_gateway lifekit.sandbox.redis"
+    "lifekit._sandbox.postgres.sandbox lifekit._sandbox.redis.client"
 )
 
 

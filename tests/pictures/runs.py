@@ -14,7 +14,7 @@ import anyio
 from shortener.resources import registry as shortener
 
 from lifekit import Registry, Resource, ShutdownError
-from lifekit._timeline import Timeline
+from lifekit._core.timeline import Timeline
 
 from ..virtual_time import run
 from .graph import Edge, draw

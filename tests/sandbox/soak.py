@@ -28,8 +28,8 @@ import psycopg2
 
 import lifekit
 from lifekit import Registry, SandboxEscapedError, embedded
-from lifekit._stack import Site, suspended_frames
-from lifekit.sandbox._postgres import session
+from lifekit._sandbox.postgres import session
+from lifekit._util.call_sites import Site, suspended_frames
 from lifekit.testing import sandboxing
 
 from .soak_clients import CLIENTS, Actor, Asyncpg, Broken

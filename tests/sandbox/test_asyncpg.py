@@ -17,13 +17,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from asyncpg import exceptions
 
-from lifekit import (
-    Registry,
-    SandboxBusyError,
-    SandboxError,
-    SandboxEscapedError,
-    embedded,
-)
+from lifekit import Registry, SandboxBusyError, SandboxError, SandboxEscapedError, embedded
 from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
@@ -594,7 +588,7 @@ async def test_hooks_of_the_pool(box: Box) -> None:
 
 
 async def test_what_init_waits_for_is_told(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.1)
+    monkeypatch.setattr("lifekit._sandbox.postgres.session.PATIENCE", 0.1)
 
     async def init(connection: Any) -> None:
         await connection.execute("SELECT 1")
@@ -1021,7 +1015,7 @@ async def test_a_cycle_that_is_not_seen_at_once_is_told_after_a_while(
     app: Any, way: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where what is awaited can't be known the patience ends: it never hangs."""
-    monkeypatch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.1)
+    monkeypatch.setattr("lifekit._sandbox.postgres.session.PATIENCE", 0.1)
 
     async def add() -> None:
         await app.execute(ADD)

@@ -21,13 +21,7 @@ import pytest
 from asyncpg import connect_utils
 from pg8000 import core  # type: ignore[import-untyped]
 
-from lifekit import (
-    Lifespan,
-    Registry,
-    SandboxBusyError,
-    SandboxEscapedError,
-    SandboxUnsupportedError,
-)
+from lifekit import Lifespan, Registry, SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
 from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
@@ -216,7 +210,7 @@ async def test_what_is_bound_before_a_flush_is_executed_once(lifespan: Lifespan,
 async def test_a_thread_for_which_the_event_loop_waits_is_told_so(
     lifespan: Lifespan, past: Past, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lifekit.sandbox._by_gateway._PATIENCE", 0.2)
+    monkeypatch.setattr("lifekit._sandbox.postgres.sandbox._PATIENCE", 0.2)
     async with lifespan.sandbox():
         connection = await asyncpg.connect(past.url)  # so that the gateway runs in this loop
         with ThreadPoolExecutor() as threads:

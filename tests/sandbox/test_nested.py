@@ -147,7 +147,7 @@ async def test_one_that_has_written_is_waited_for_or_keeps_the_inner_block_from_
         for sql in ("BEGIN", ADD):
             await run(sql)
         with monkeypatch.context() as patch:
-            patch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.1)
+            patch.setattr("lifekit._sandbox.postgres.session.PATIENCE", 0.1)
             with pytest.raises(SandboxBusyError, match=r"is open: its end would .*acquired at"):
                 await inner()
         await run("COMMIT")
@@ -197,7 +197,7 @@ async def test_the_applications_own_loop_goes_on_through_inner_blocks(own: House
 async def test_what_a_test_leaves_behind_is_cut_off_and_the_outer_block_stays(
     own: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.1)
+    monkeypatch.setattr("lifekit._sandbox.postgres.session.PATIENCE", 0.1)
     async with own.lifespan.sandbox(), own.acquire() as held:
         await held(ADD)
         with pytest.raises(SandboxEscapedError, match="in a transaction acquired at"):

@@ -262,7 +262,7 @@ async def test_a_transaction_that_has_only_read_makes_nobody_wait(house: House) 
 async def test_a_wait_that_cant_end_is_told_with_both_lines(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.2)
+    monkeypatch.setattr("lifekit._sandbox.postgres.session.PATIENCE", 0.2)
     async with house.lifespan.sandbox(), house.acquire() as one, house.acquire() as other:
         for sql in ("BEGIN", ADD):
             await one(sql)

@@ -23,9 +23,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from lifekit import Registry, drivers, embedded
-from lifekit._errors import SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
-from lifekit.sandbox._redis_commands import is_plain
-from lifekit.sandbox.redis import sandbox
+from lifekit._core.errors import SandboxBusyError, SandboxEscapedError, SandboxUnsupportedError
+from lifekit._sandbox.redis.client import sandbox
+from lifekit._sandbox.redis.commands import is_plain
 from lifekit.testing import sandboxing
 from lifekit.testing._fake_redis import fake_redis
 from tests.drivers.conftest import below, until
@@ -992,7 +992,7 @@ async def test_who_waits_for_a_connection_over_the_end_gets_none(admin: Admin) -
 
 PROGRAM = """
 import asyncio, sys
-from lifekit.sandbox.redis import sandbox
+from lifekit._sandbox.redis.client import sandbox
 from redis.asyncio import Redis
 
 async def main():
@@ -1090,7 +1090,7 @@ async def test_a_server_that_hangs_in_a_block_is_told_within_seconds(monkeypatch
             with anyio.fail_after(60), pytest.raises(SandboxEscapedError, match="TimeoutError"):
                 async with block():
                     await cache.set("a", "1")
-                    monkeypatch.setattr("lifekit.sandbox._redis_lease._SECONDS", 0.1)
+                    monkeypatch.setattr("lifekit._sandbox.redis.lease._SECONDS", 0.1)
                     os.kill(server.pid, signal.SIGSTOP)
             monkeypatch.undo()
             os.kill(server.pid, signal.SIGCONT)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from psycopg.pq import ExecStatus
 
 from lifekit import embedded
-from lifekit.sandbox._sql import Script, Statement, Verb, read, unqualified
+from lifekit._sandbox.postgres.sql import Script, Statement, Verb, read, unqualified
 
 TAGS = {
     "BEGIN": {Verb.BEGIN},

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
+import pg8000.native  # type: ignore[import-untyped]
 import pytest
+from databases import Database
 from redis import Redis as SyncRedis
 from sqlalchemy import create_engine
 
@@ -54,6 +57,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sync redis": (lambda: SyncRedis(port=1), "redis.client.Redis, which reaches a cache"),
     "pymongo": (lambda: made_of("pymongo.asynchronous.mongo_client"), "which reaches a database"),
     "nats": (lambda: made_of("nats.aio.client"), "which reaches a queue"),
+    "databases": (lambda: Database("sqlite://"), "databases.core.Database, which reaches a database"),
     "a namespace": (lambda: made_of("google.cloud.firestore_v1"), ""),
     "firestore": (lambda: made_of("google.cloud.firestore"), "which reaches a database"),
     "azure": (lambda: made_of("azure.servicebus.aio"), "which reaches a queue"),
@@ -157,3 +161,29 @@ async def test_what_may_last_is_left_alone_though_it_could_be_undone(postgres: A
             async with lifespan.sandbox():
                 await lifespan["store"].execute("CREATE TABLE lasting (n int)")
             await lifespan["store"].execute("DROP TABLE lasting")
+
+
+async def test_what_connects_by_a_client_that_is_undone_is_undone(postgres: embedded.Server) -> None:
+    registry = Registry("stores")
+
+    @registry.resource(close="disconnect")
+    async def library() -> Database:
+        database = Database(postgres.url)
+        await database.connect()
+        return database
+
+    @registry.resource
+    def connection() -> Any:
+        at = urlsplit(postgres.url)
+        return pg8000.native.Connection(
+            at.username or "", at.hostname or "", at.path[1:], at.port or 5432, at.password
+        )
+
+    with sandboxing():
+        async with registry.lifespan() as lifespan:
+            async with lifespan.sandbox():
+                await lifespan[library].execute("CREATE TABLE stores (n int)")
+                assert lifespan[connection].run("SELECT count(*) FROM stores") == [[0]]
+            found = "SELECT to_regclass('stores') IS NULL"
+            assert await lifespan[library].fetch_val(found) is True
+            assert lifespan[connection].run(found) == [[True]]

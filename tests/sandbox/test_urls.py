@@ -156,7 +156,7 @@ async def test_its_url_is_as_it_was_when_the_lifespan_has_ended(postgres: embedd
 async def test_a_subprocess_that_is_left_in_a_transaction_is_cut_off_and_named(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.2)
+    monkeypatch.setattr("lifekit._sandbox.postgres.session.PATIENCE", 0.2)
     command = [program("psql"), "-qAt", house.url]
     process = await asyncio.create_subprocess_exec(*command, stdin=-1, stdout=-1, stderr=-1)
     assert process.stdin is not None

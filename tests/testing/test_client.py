@@ -35,8 +35,8 @@ from lifekit import (
     ShutdownError,
     StartupError,
 )
-from lifekit._backend import running_loop
-from lifekit._sandbox import refuse_stragglers
+from lifekit._core.block import refuse_stragglers
+from lifekit._util.loops import running_loop
 from lifekit.asgi import ASGIApp, combine
 from lifekit.drivers import Sandbox, register
 from lifekit.testing import client, sandboxing, sync_client
@@ -767,7 +767,7 @@ class TableDriver(Driver[Table]):
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens to tables, for which there is a driver in this test alone."""
-    monkeypatch.setattr("lifekit.drivers._registered", {})
+    monkeypatch.setattr("lifekit._core.drivers._registered", {})
     register(Table, TableDriver())
     return []
 

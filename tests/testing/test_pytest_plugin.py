@@ -700,7 +700,7 @@ def test_an_override_of_another_thread_is_its_own(inner: Inner) -> None:
         def lifekit_app(): return app
         """
     code = """
-        from lifekit._overrides import entered
+        from lifekit._core.overrides import entered
         from tests.testing.plugin_cases.memory import notes
 
         def test_sync(sync_client, lifespan):

@@ -16,8 +16,8 @@ import aiopg
 import asyncpg
 
 from lifekit import drivers
+from lifekit._sandbox.postgres.sandbox import PostgresSandbox
 from lifekit.drivers import Sandbox
-from lifekit.sandbox._by_gateway import PostgresSandbox
 
 _PATIENCE = 2.0  # seconds: a task of a test that failed may hold a connection for ever
 

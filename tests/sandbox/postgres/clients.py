@@ -18,8 +18,8 @@ import asyncpg
 import psycopg
 import psycopg2
 
-from lifekit.sandbox._postgres.gateway import Gateway, Server
-from lifekit.sandbox._postgres.place import Place
+from lifekit._sandbox.postgres.gateway import Gateway, Server
+from lifekit._sandbox.postgres.place import Place
 
 
 class Connection(ABC):

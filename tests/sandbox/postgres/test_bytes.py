@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lifekit.sandbox._postgres import messages
-from lifekit.sandbox._postgres.hub import Hub
-from lifekit.sandbox._postgres.messages import Backend, Frontend, ProtocolError, Startup
-from lifekit.sandbox._postgres.real import Relay
-from lifekit.sandbox._postgres.virtual import VirtualConnection
+from lifekit._sandbox.postgres import messages
+from lifekit._sandbox.postgres.hub import Hub
+from lifekit._sandbox.postgres.messages import Backend, Frontend, ProtocolError, Startup
+from lifekit._sandbox.postgres.real import Relay
+from lifekit._sandbox.postgres.virtual import VirtualConnection
 
 ERROR = messages.error("42601", "no")
 

@@ -190,7 +190,7 @@ async def test_what_sql_prepares_or_declares_is_a_connections_own(
 async def test_an_open_transaction_that_does_nothing_is_told_to_who_waits_for_it(
     house: House, kind: type[Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lifekit.sandbox._postgres.session.PATIENCE", 0.05)
+    monkeypatch.setattr("lifekit._sandbox.postgres.session.PATIENCE", 0.05)
     holder, waiter = await house.connect(kind), await house.connect(kind)
     async with house.block():
         await holder.run("BEGIN")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifekit.sandbox._postgres import messages
-from lifekit.sandbox._postgres.messages import (
+from lifekit._sandbox.postgres import messages
+from lifekit._sandbox.postgres.messages import (
     Backend,
     Bind,
     CancelRequest,

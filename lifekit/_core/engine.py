@@ -1,0 +1,600 @@
+"""The engine: what opens, rolls back, closes and keeps deadlines is decided in this file.
+
+Each resource has one task, in `life.py`, which opens it, parks, and closes it. One more task, the
+owner, decides: it starts a resource's task when all its parents are open, asks it to close when all
+its children have ended, cuts it off at its deadline, and leaves it behind when it ignores even that.
+The task of a resource only reports; every change of state is made in the owner's `_turn`, which has
+no await.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from contextvars import Context, copy_context
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Any, cast
+
+import anyio
+from anyio import CancelScope, get_cancelled_exc_class
+
+from lifekit import events
+from lifekit._util.interrupts import hold, let_go
+from lifekit._util.loops import conceal, reveal, shelter, sheltered, spawn
+
+from .block import Block, current_block
+from .deadlines import Deadlines
+from .errors import LifekitError, Phase, is_a
+from .life import LAST_CALL, Life
+from .node import RUNNING, Node, State, Variables, belongs_to
+from .plan import Plan
+from .resource import Resource
+from .stand_in import redact_error
+from .stopping import Stopping, of_worker
+from .telling import Teller
+from .value import Call, Live, settle
+from .view import View
+from .worker import OnCrash, Worker
+from .working import Working
+
+if TYPE_CHECKING:
+    from .drivers import Isolation  # which it gives to what opens
+    from .lifespan import Lifespan  # whose run it is, and which its events name
+
+OVERDUE = 5.0
+"""Seconds after the grace of a shutdown from which on a signal's handler may interrupt what closes."""
+
+Failure = tuple[str, str, Exception]
+"""A resource's name, its code line, what it failed with."""
+
+
+class Engine(View):
+    """One run of a plan: the tasks that own its values."""
+
+    task: object
+    base: Context  # that of the owner, on which those of the resources stand
+    _changes: list[Callable[[], None]]  # asked for, and not made yet
+    _resting: list[tuple[list[Node], anyio.Event]]
+    _resumed: list[anyio.Event]
+
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        values: dict[Resource[Any], Any],
+        *,
+        start_timeout: float,
+        close_timeout: float,
+        grace: float,
+        lifespan: Lifespan,
+        variables: Variables,
+        gateway: Isolation | None,
+        block: Callable[[], Block | None],
+        workers: bool,
+        on_crash: OnCrash,
+        crashes: list[Failure],
+        on_event: Callable[[events.Event], object] | None,
+        on_finished: Callable[[], None],
+    ) -> None:
+        """Prepare a run; *values* may already hold some, which this run uses and leaves alone.
+
+        *variables* are set for all factories; *workers* begin when all is open, or later.
+        """
+        self.name, self.plan, self.values, self._lifespan = name, plan, values, lifespan
+        self._given = variables
+        self.gateway, self.block = gateway, block
+        self.start_timeout, self.close_timeout, self.grace = start_timeout, close_timeout, grace
+        self.nodes = [self._new_node(index) for index in range(len(plan.resources))]
+        self.own = [node for node in self.nodes if node.resource not in values]
+        self.crew = {node.resource for node in self.own if node.worker is not None}
+        values.update((node.resource, node.worker) for node in self.own if node.worker is not None)
+        self.ready = anyio.Event()  # all is open, or all has ended again
+        # AnyIO looks for its backend whenever one of these is made.
+        self.event, self.scope = type(self.ready), type(CancelScope())
+        self.finished = self.event()
+        self.stopping = False
+        self.open_failures: list[Failure] = []
+        self.cut_off: list[str] = []
+        """What was opening still when something else failed."""
+        self.close_failures: list[Failure] = []
+        self.interrupts: list[BaseException] = []  # what must be delivered as it is
+        self.held_back: list[BaseException] = []  # likewise, once all is closed
+        self.began = self.stop_began = 0.0
+        self._on_finished = on_finished
+        self.on_crash, self.crashes = on_crash, crashes
+        self._due = set(self.crew if workers else ())  # which begin when all is open
+        self._changes, self._resting, self._resumed = [], [], []
+        self._stop_asked = False
+        self._unopened, self._running = sum(node.worker is None for node in self.own), 0
+        self._tasks: list[object] = []  # asyncio itself does not keep them
+        self._reports: list[tuple[Node, Callable[[Node, Any], None], object]] = []
+        self._told_of = 0
+        self._bell = self.event()
+        self.time = Deadlines(self.nodes, self._ring, self._blocked)
+        self.now = self.time.now
+        self._teller = Teller(name, lifespan, on_event, self.time, self.interrupt)
+        self._teller.heard &= bool(self.own) or not plan.resources  # else all is open already
+        self._tell = self._teller.tell
+        self.lost_before_stop = 0.0
+        self._leave_shelter: Callable[[], None] = lambda: None
+
+    def _new_node(self, index: int) -> Node:
+        resources = self.plan.resources
+        pending = sum(resources[at] not in self.values for at in self.plan.parents[index])
+        return Node(resources[index], self.plan.declarations[index], index, pending)
+
+    def start(self) -> None:
+        """Spawn the owner."""
+        self.task = spawn(self._own(), f"lifekit {self.name}", self._never_ran)
+
+    def stop(self) -> None:
+        """Ask for the end; while it still starts, for the rollback."""
+        self._stop_asked = True
+        self._bell.set()
+
+    def _ring(self) -> None:
+        self._bell.set()
+
+    def interrupt(self, error: BaseException) -> None:
+        """Stop, and deliver *error* then."""
+        self.interrupts.append(error)
+        self.stop()
+
+    def lose(self) -> None:
+        """Say what can't be closed any more: the loop was closed, and did not ask before."""
+        left = self.left()
+        if not self.finished.is_set() and left:
+            told = f"the event loop was closed under the open lifespan of {self.name}"
+            events.logger.error(f"{told}: never closed: {left}")
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self.finished.is_set():
+            self._on_finished()
+            self.ready.set()
+            self.finished.set()
+
+    def _blocked(self, node: Node, seconds: float) -> None:
+        stands = self.stands_at(node) or (node.declaration.location,)
+        self._tell(events.Blocked, node.resource.name, node.phase, seconds, stands[0])
+
+    # -- the owner ------------------------------------------------------------------------------
+
+    async def _own(self) -> None:
+        try:
+            self.base = copy_context()
+            for variable, value in self._given:
+                self.base.run(variable.set, value)
+            self.began = self.now()
+            for node in self.own:
+                if node.pending == 0 and node.worker is None:
+                    self._begin(node)
+            if not self._unopened:
+                self._all_open()
+            while not (self.stopping and self._running == 0):
+                await self._sleep()
+                self._turn()
+            if self._teller.heard:
+                self._tell(events.Stopped, self.stop_timeline())
+        except GeneratorExit:
+            self.lose()
+            raise
+        finally:
+            let_go(self)
+            self._leave_shelter()
+            self.interrupts += self.held_back
+            self._finish()
+            for resumed in self._resumed:
+                resumed.set()
+
+    def _never_ran(self) -> None:
+        self.stopping = True
+        self._finish()
+
+    def _never_began(self, node: Node) -> None:
+        came = None if node.scope.cancel_called else LifekitError(f"{node.resource.name} was cancelled")
+        self.report(node, self.open_failed, came)
+        self.report(node, self.ended, None)
+
+    async def _sleep(self) -> None:
+        # Until the stop the owner lets itself be cancelled: that is how an event loop which ends
+        # under an open lifespan asks for it. From then on nothing may hurry it.
+        try:
+            with self.scope(deadline=self.time.sleep(), shield=self._stop_asked):
+                await self._bell.wait()
+        except GeneratorExit:  # the loop was closed under it, and nothing can be awaited any more
+            raise
+        except BaseException as error:
+            self._stop_asked = True
+            if not is_a(error, get_cancelled_exc_class()):
+                self.interrupts.append(error)
+        self.time.awake()
+        if self._bell.is_set():
+            self._bell = self.event()
+
+    def _turn(self) -> None:
+        overdue = self.time.overdue()
+        # In declaration order, so that every run of one plan tells the same story.
+        reports, self._reports = self._reports, []
+        for node, happened, what in sorted(reports, key=lambda report: report[0].index):
+            if node.state is not State.ENDED:
+                self._carry_out(happened, node, what)
+        changes, self._changes = self._changes, []
+        for change in changes:
+            self._carry_out(change)
+        for node in overdue:
+            self._carry_out(self._overdue, node)
+        if self._stop_asked and not self.stopping:
+            self._begin_stop()
+        if len(self.held_back) > self._told_of:
+            self._tell_of_held_back()
+
+    def _carry_out(self, change: Callable[..., None], *what: object) -> None:
+        try:
+            change(*what)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # no fault in one resource may leave the others open
+            self.interrupts.append(error)
+            self._stop_asked = True
+
+    def _hold_back(self, error: BaseException) -> bool:
+        # Called by a signal handler, amid anything. Where the end is long overdue something blocks the
+        # loop, and whoever presses Ctrl-C means that.
+        lost = self.time.lost - self.lost_before_stop
+        if self.now() > self.stop_began + self.grace + lost + OVERDUE:
+            return False
+        self.held_back.append(error)
+        return True
+
+    def _tell_of_held_back(self) -> None:
+        self._told_of = len(self.held_back)
+        with suppress(Exception):
+            events.logger.warning(
+                f"{type(self.held_back[-1]).__name__} waits until {self.name} is closed, which takes "
+                f"{self.grace:.3g} s at most: {self.left()} left"
+            )
+
+    def _begin(self, node: Node) -> None:
+        node.state = State.OPENING
+        node.open_began = self.now()
+        self._running += 1
+        if self._teller.heard:
+            self._tell(events.Opening, node.resource.name)
+        self.time.arm(node, self.start_seconds(node))
+        node.scope, node.closing_scope = self.scope(shield=True), self.scope()
+        name = f"lifekit {self.name}.{node.resource.name}"
+        life, context = Life(self, node).run(), self._context_for(node)
+        node.task = spawn(life, name, lambda: self._never_began(node), context)
+
+    def _context_for(self, node: Node) -> Context:
+        # A copy for each: a generator may reset at its end what it set at its beginning.
+        for index in self.plan.parents[node.index]:
+            parent = self.nodes[index]
+            node.inherited |= parent.inherited | dict(parent.variables)
+        if not node.inherited:
+            node.context = self.base
+        else:
+            node.context = self.base.copy()
+            for variable, value in node.inherited.items():
+                node.context.run(variable.set, value)
+        context = node.context.copy()
+        context.run(belongs_to.set, node)
+        return context
+
+    def has_opened(self, node: Node, live: Live) -> None:
+        """Show its value, and begin what waited for it."""
+        node.state = State.OPEN
+        node.alarm = inf
+        if not live.closes:  # its task is over
+            del node.task, node.coroutine, node.scope, node.closing_scope
+        # The one place where a value becomes visible, before anything that needs it begins.
+        self.values[node.resource] = live.value
+        if self._teller.heard:
+            seconds = _between(node.open_began, node.opened_at)
+            self._tell(events.Opened, node.resource.name, seconds, live.describe())
+        self._unopened -= 1
+        for index in self.plan.children[node.index]:
+            child = self.nodes[index]
+            child.pending -= 1
+            if child.pending == 0 and not self._stop_asked and child.resource not in self.values:
+                self._begin(child)
+        if self._unopened == 0 and not self._stop_asked:
+            self._all_open()
+
+    def _all_open(self) -> None:
+        if not self.ready.is_set():
+            self.time.clear()
+            if self._teller.heard:
+                self._tell(events.Started, self.start_timeline())
+            self.ready.set()
+        for node in self.own:
+            if node.resource in self._due:
+                self._begin_to_work(node)
+        self._due.clear()
+        while self._resumed:
+            self._resumed.pop().set()
+
+    # -- workers, and what rests for a time -----------------------------------------------------
+
+    def suspend(self, resources: Collection[Resource[Any]]) -> anyio.Event:
+        """End these, which nothing else that is open needs, and set what is returned then."""
+        rested = self.event()
+        self._change(partial(self._suspend, resources, rested))
+        return rested
+
+    def resume(self, resources: Collection[Resource[Any]]) -> anyio.Event:
+        """Open or begin these anew, and set what is returned when that is done, or the run is over."""
+        resumed = self.event()
+        self._change(partial(self._resume, resources, resumed))
+        return resumed
+
+    def _change(self, change: Callable[[], None]) -> None:
+        if self.finished.is_set():
+            change()
+        self._changes.append(change)
+        self._bell.set()
+
+    def _suspend(self, resources: Collection[Resource[Any]], rested: anyio.Event) -> None:
+        nodes = [node for node in self.own if node.resource in resources and node.state in RUNNING]
+        self._resting.append((nodes, rested))
+        for node in nodes:
+            node.rests = True
+            children = {self.nodes[index] for index in self.plan.children[node.index]}
+            node.pending = sum(child in children for child in nodes)
+        for node in reversed(nodes):
+            if node.pending == 0 and node.state is State.OPEN:
+                self._ask_to_close(node)
+        self._note_rested()
+
+    def _note_rested(self) -> None:
+        for nodes, rested in self._resting:
+            if not any(node.state in RUNNING for node in nodes):
+                rested.set()
+        self._resting = [each for each in self._resting if not each[1].is_set()]
+
+    def _resume(self, resources: Collection[Resource[Any]], resumed: anyio.Event) -> None:
+        if self._stop_asked or self.finished.is_set():
+            resumed.set()
+            return
+        self._resumed.append(resumed)
+        anew: list[Node] = []
+        for at, node in enumerate(self.own):
+            if node.resource in resources and node.state in (State.ENDED, State.WAITING):
+                self.own[at] = self.nodes[node.index] = self._new_node(node.index)
+                anew.append(self.own[at])
+        for node in anew:
+            if node.worker is not None:
+                self.values[node.resource] = node.worker
+                self._due.add(node.resource)
+            else:
+                self._unopened += 1
+                if node.pending == 0:
+                    self._begin(node)
+        if self._unopened == 0:
+            self._all_open()
+
+    def _begin_to_work(self, node: Node) -> None:
+        node.state, node.phase = State.OPEN, "run"
+        node.notice = Stopping(self._lifespan.stopping)
+        node.wake = self.event()
+        self._running += 1
+        self._tell(events.WorkerStarted, node.resource.name)
+        node.scope, node.closing_scope = self.scope(shield=True), self.scope()
+        context = self._context_for(node)
+        context.run(of_worker.set, (self._lifespan, node.notice))
+        context.run(current_block.set, self.block())  # after which what it started is refused
+        name, work = f"lifekit {self.name}.{node.resource.name}", Working(self, node).run()
+        node.task = spawn(work, name, lambda: self.report(node, self.ended, None), context)
+
+    def failed(self, node: Node, failure: tuple[BaseException, float | None]) -> None:
+        """Tell of a run of a worker that failed, and when it is run again: None is never."""
+        if self._stop_asked or node.rests:  # the last one, of which nothing else would tell
+            self.close_failed(node, ("run", failure[0]))
+        else:
+            self._tell(events.WorkerFailed, node.resource.name, *failure)
+
+    def crashed(self, node: Node, error: BaseException | None) -> None:
+        """Tell of what died while it was to be open, and do what its declaration says."""
+        if self._stop_asked or node.rests:  # it was told to end
+            node.crashed = False
+            return
+        node.crashed = True
+        on_crash = self.crash_rule(node)
+        self._tell(events.Crashed, node.resource.name, error, on_crash)
+        if error is not None and on_crash == "stop":
+            self._record(self.crashes, node, error)
+        self._lifespan.crashed(node.resource.name, on_crash)
+
+    def open_failed(self, node: Node, error: BaseException | None) -> None:
+        """Record why it did not open, None where it was cancelled for another's sake."""
+        node.state = State.CLOSING
+        name = node.resource.name
+        self._tell(events.OpenFailed, name, _between(node.open_began, node.opened_at), error)
+        if node.live is not None and node.live.is_open:
+            self._tell(events.Closing, name)
+        if error is None:
+            self.cut_off.append(name)
+        else:
+            self._record(self.open_failures, node, error)
+            self._stop_asked = True
+
+    def retrying(self, node: Node, failure: tuple[int, float, Exception]) -> None:
+        """Tell that it is tried again."""
+        self._tell(events.Retrying, node.resource.name, *failure)
+
+    def _begin_stop(self) -> None:
+        self.stopping = True
+        self.stop_began = self.now()
+        self.lost_before_stop = self.time.lost
+        hold(self, self._hold_back)
+        self._leave_shelter = shelter()
+        self._lifespan.stopping.set()
+        if self._teller.heard:
+            self._tell(events.Stopping)
+        for node in self.own:
+            children = (self.nodes[index] for index in self.plan.children[node.index])
+            node.pending = sum(child.state in RUNNING for child in children)
+        for node in reversed(self.own):
+            if node.state is State.OPENING and node.cut is None:
+                self.time.arm(node, self.close_seconds(node))
+                node.scope.cancel()
+            elif node.state is State.OPEN and node.pending == 0:
+                self._ask_to_close(node)
+
+    def _ask_to_close(self, node: Node) -> None:
+        node.state = State.CLOSING
+        node.close_began = self.now()
+        if node.worker is not None:
+            self._ask_to_end(node)
+            return
+        del self.values[node.resource]
+        if self._teller.heard:
+            self._tell(events.Closing, node.resource.name)
+        self.time.arm(node, self.close_seconds(node))
+        node.asked = True
+        if node.live is not None and node.live.closes:
+            node.wake.set()
+        else:
+            self.report(node, self.ended, None)
+
+    def _ask_to_end(self, node: Node) -> None:
+        # A worker: first it may end by itself, then it is cancelled, then it is left behind.
+        assert isinstance(node.declaration, Worker)
+        node.asked, node.phase = True, "close"
+        if node.worker is not None:
+            node.worker.state = "stopping"
+        node.notice.set()
+        node.wake.set()
+        conceal(node.task)
+        node.drains = node.declaration.rules.drain > 0
+        if node.drains:
+            self.time.arm(node, min(node.declaration.rules.drain, self.close_seconds(node, inf)))
+        else:
+            self._cancel(node)
+
+    def _cancel(self, node: Node) -> None:
+        node.drains = False
+        self.time.arm(node, self.close_seconds(node))
+        node.closing_scope.cancel()
+
+    def close_failed(self, node: Node, failure: tuple[Phase, BaseException]) -> None:
+        """Record which phase of its closing failed, and how."""
+        phase, error = failure
+        node.clean = False
+        # What a task group of a generator died of comes out where that is left.
+        cause = node.crashed and self.on_crash == "stop"
+        self._record(self.crashes if cause else self.close_failures, node, error)
+        self._tell(events.CloseFailed, node.resource.name, phase, error)
+
+    def died(self, node: Node, error: BaseException) -> None:
+        """Record what ended its task from outside of both."""
+        if node.state is State.OPENING:
+            self.open_failed(node, error)
+        else:
+            self.close_failed(node, (node.phase, error))
+
+    def terminated(self, node: Node, _: None) -> None:
+        """Tell that it is cut off."""
+        self._tell(events.Terminated, node.resource.name)
+
+    def ended(self, node: Node, _: None) -> None:
+        """Close what waited for its end."""
+        node.state = State.ENDED
+        node.alarm = inf
+        node.closed_at = self.now()
+        self._running -= 1
+        if self._teller.heard and node.live is not None and node.live.is_open:
+            seconds = _between(node.close_began, node.closed_at)
+            self._tell(events.Closed, node.resource.name, seconds, node.clean)
+        if node.worker is not None:
+            if node.worker.state != "crashed":
+                node.worker.state = "ended"
+            self._tell(events.WorkerEnded, node.resource.name, node.worker.state)
+        elif node.crashed and self.on_crash == "stop" and node.clean:
+            self._record(self.crashes, node, LifekitError(_NO_WORD.format(name=node.resource.name)))
+        if not node.left:  # else its task may still need it
+            node.live = None
+        for index in reversed(self.plan.parents[node.index]):
+            parent = self.nodes[index]
+            if self.stopping or parent.rests:  # else the count is made when it is to close
+                parent.pending -= 1
+                if parent.pending == 0 and parent.state is State.OPEN:
+                    self._ask_to_close(parent)
+        self._note_rested()
+
+    def _overdue(self, node: Node) -> None:
+        told_to_end = node.cut is not None or (node.state is State.OPENING and self.stopping)
+        if node.drains:
+            self._cancel(node)
+        elif told_to_end or node.left or node.worker is not None:
+            self._leave_behind(node)
+        elif node.state is State.OPENING:
+            node.cut = self.deadline_error(node)
+            self.time.arm_at(node, self.now() + self.close_seconds(node))
+            node.scope.cancel()
+            if node.closing_scope.shield:  # between two attempts
+                node.closing_scope.cancel()
+        else:
+            node.cut = self.deadline_error(node)
+            self.time.arm_at(node, self.now() + LAST_CALL)
+            node.closing_scope.cancel()
+
+    def _leave_behind(self, node: Node) -> None:
+        if node.left:  # its terminate hangs as well
+            self.ended(node, None)
+            return
+        error = self.deadline_error(node, abandoned=True)
+        if node.state is State.OPENING:
+            node.opened_at = self.now()
+            self.open_failed(node, error)
+        else:
+            self.close_failed(node, (node.phase, error))
+        live = node.live
+        if live is None or not live.terminate or node.phase == "terminate":
+            self.ended(node, None)
+        else:
+            self.terminated(node, None)
+            self.time.arm(node, 2 * LAST_CALL)
+            self._tasks.append(
+                spawn(
+                    self._terminate(node, live.terminate),
+                    f"lifekit {node.resource.name}",
+                    lambda: self.report(node, self.ended, None),
+                )
+            )
+            conceal(self._tasks[-1])
+        node.left = True
+        reveal(node.task)  # nobody waits for it any more
+        node.live = live  # its task still has it, and closes it should the opening ever succeed
+
+    async def _terminate(self, node: Node, call: Call) -> None:
+        # In a task of its own: that of the resource was left behind.
+        sheltered.set(True)
+        try:
+            with CancelScope(shield=True, deadline=self.now() + LAST_CALL):
+                await settle(call())
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.report(node, self.close_failed, ("terminate", redact_error(error, node.live)))
+        self.report(node, self.ended, None)
+
+    def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
+        if is_a(error, Exception):
+            failures.append((node.resource.name, node.declaration.location, cast("Exception", error)))
+        else:
+            self.interrupts.append(error)
+
+    def report(self, node: Node, happened: Callable[[Node, Any], None], what: object) -> None:
+        """Have *happened* told to the owner, at its next turn."""
+        self._reports.append((node, happened, what))
+        self._bell.set()
+
+
+_NO_WORD = "{name}: a scope that it holds was cancelled while it was open, and nothing says why"
+
+
+def _between(began: float | None, ended: float | None) -> float:
+    return 0.0 if began is None or ended is None else ended - began

@@ -1,0 +1,162 @@
+"""How a lifespan is now: each resource checked again, each worker asked, and whether it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+from anyio import create_task_group, move_on_after
+
+from lifekit._util.loops import clock
+
+from .errors import summary
+from .node import Node, State
+from .stand_in import redact_error
+from .worker import WorkerState, WorkerStatus
+
+if TYPE_CHECKING:
+    from .engine import Engine  # which it only reads
+    from .lifespan import Lifespan  # which is asked for it
+
+CHECK_SECONDS = 5.0
+"""Seconds that one check has."""
+KEPT_SECONDS = 1.0
+"""For how long an answer is given again."""
+
+HealthState = Literal["ok", "failing", "starting", "stopping", "unavailable", "crashed"]
+"""How a resource or a worker is."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceHealth:
+    """How one resource or worker is."""
+
+    state: HealthState
+    """``failing`` is a resource whose check fails, or a worker that is run again after a failure."""
+    seconds: float = 0.0
+    """How long its check took."""
+    message: str = ""
+    """What failed, with no password in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a lifespan is."""
+
+    ready: bool
+    """Whether it serves: it is open, does not stop, no check fails, and no worker has crashed."""
+    live: bool
+    """Whether it runs."""
+    resources: Mapping[str, ResourceHealth]
+    """Its resources and workers, by name."""
+
+
+class Checks:
+    """The checks of one lifespan; callers that come at once share them."""
+
+    def __init__(self, lifespan: Lifespan) -> None:
+        self._lifespan = lifespan
+        self._last: tuple[float, dict[str, ResourceHealth]] | None = None
+        self._under_way: anyio.Event | None = None
+
+    async def health(self) -> Health:
+        """Return how the lifespan is."""
+        while True:
+            if self._last is not None and clock()() - self._last[0] < KEPT_SECONDS:
+                return self.known()
+            if self._under_way is None:
+                await self._check_all()
+            else:  # should whoever checks be cancelled, the next one does
+                await self._under_way.wait()
+
+    def known(self) -> Health:
+        """Return how it is as far as that is known, without a new check."""
+        lifespan = self._lifespan
+        engine = lifespan._engine  # pyright: ignore[reportPrivateUsage]
+        is_open = engine is not None and engine.ready.is_set() and not engine.stopping
+        found = dict(self._last[1]) if self._last is not None else {}
+        for name, node in _nodes(lifespan._layers()).items():  # pyright: ignore[reportPrivateUsage]
+            if (state := _without_check(node)) is not None:
+                found[name] = state
+        checked = not any(
+            each.state == "failing" and name not in self._workers() for name, each in found.items()
+        )
+        ready = is_open and checked and not (lifespan.stopping.is_set() or lifespan.has_crashed)
+        return Health(ready, engine is not None and not engine.finished.is_set(), found)
+
+    def _workers(self) -> set[str]:
+        return {worker.name for layer in self._lifespan._layers() for worker in layer.crew}  # pyright: ignore[reportPrivateUsage]
+
+    async def _check_all(self) -> None:
+        self._under_way = anyio.Event()
+        found: dict[str, ResourceHealth] = {}
+        try:
+            async with create_task_group() as tasks:
+                for name, node in _nodes(self._lifespan._layers()).items():  # pyright: ignore[reportPrivateUsage]
+                    found[name] = _without_check(node) or ResourceHealth("ok")
+                    if node is not None and found[name].state == "ok" and node.worker is None:
+                        tasks.start_soon(_check, name, node, found)
+            self._last = clock()(), found
+        finally:
+            self._under_way.set()
+            self._under_way = None
+
+
+def _nodes(layers: list[Engine]) -> dict[str, Node | None]:
+    """Return the nodes by name, of an override the new ones; None is a value that somebody gave."""
+    found: dict[str, Node | None] = {}
+    for layer in layers:
+        for node in layer.nodes:
+            name, outer = node.resource.name, found.get(node.resource.name)
+            if node in layer.own:
+                found[name] = node
+            elif outer is None or layer is layers[0]:
+                found[name] = None
+            elif outer.live is None or layer.values.get(node.resource) is not outer.live.value:
+                found[name] = outer if outer.worker is not None else None
+    return found
+
+
+def _without_check(node: Node | None) -> ResourceHealth | None:
+    """Return how it is, None where only a check can tell."""
+    if node is None:
+        return ResourceHealth("ok")
+    if node.worker is not None:
+        return _of_worker(node.worker)
+    if node.crashed:
+        return ResourceHealth("crashed", message="a task group or a scope of its own was cancelled")
+    if node.state in (State.WAITING, State.OPENING):
+        return ResourceHealth("starting")
+    return None if node.state is State.OPEN else ResourceHealth("stopping")
+
+
+_OF_WORKERS: dict[WorkerState, HealthState] = {
+    "starting": "starting",
+    "restarting": "failing",
+    "stopping": "stopping",
+    "crashed": "crashed",
+}
+
+
+def _of_worker(status: WorkerStatus) -> ResourceHealth:
+    state = _OF_WORKERS.get(status.state, "ok")
+    error = status.last_error if state in ("failing", "crashed") else None
+    return ResourceHealth(state, message=summary(error) if error is not None else "")
+
+
+async def _check(name: str, node: Node, found: dict[str, ResourceHealth]) -> None:
+    live = node.live
+    if live is None or not live.checks:
+        return
+    now = clock()
+    began, message = now(), ""
+    with move_on_after(CHECK_SECONDS) as scope:
+        try:
+            await live.check()
+        except Exception as error:
+            message = summary(redact_error(error, live.value))
+    if scope.cancelled_caught:
+        message = f"its check took longer than {CHECK_SECONDS:.3g} s"
+    found[name] = ResourceHealth("failing" if message else "ok", now() - began, message)

@@ -1,0 +1,153 @@
+"""The notice that a lifespan is about to end: what code that never ends by itself waits for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
+from weakref import WeakSet
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from lifekit._util.loops import running_loop
+
+from .errors import NotOpenError
+from .resource import RequestSignature, is_async
+from .running import current, everywhere
+
+if TYPE_CHECKING:
+    from starlette.requests import HTTPConnection
+
+    from .lifespan import Lifespan  # which sets it
+
+T = TypeVar("T")
+
+
+class Stopping:
+    """Whether a lifespan is about to end. It is set once, and stays set."""
+
+    __slots__ = ("__weakref__", "_event", "_is_set", "_parts", "_scopes")
+
+    def __init__(self, whole: Stopping | None = None) -> None:
+        """Called by lifespans; one with a *whole* is set with that at the latest."""
+        self._is_set = whole is not None and whole.is_set()
+        self._event: anyio.Event | None = None
+        self._scopes: set[anyio.CancelScope] = set()
+        self._parts: WeakSet[Stopping] = WeakSet()
+        if whole is not None:
+            whole._parts.add(self)
+
+    def is_set(self) -> bool:
+        """Return whether the lifespan is about to end."""
+        return self._is_set
+
+    async def wait(self) -> None:
+        """Wait until it is."""
+        if self._is_set:
+            await checkpoint()
+            return
+        if self._event is None:
+            self._event = anyio.Event()
+        await self._event.wait()
+
+    async def until(self, items: AsyncIterable[T]) -> AsyncIterator[T]:
+        """Iterate over *items* until it is set, or they end.
+
+        Where it waits for the next one then, that waiting is cancelled; one that has come is given.
+        """
+        iterator = aiter(items)
+        while not self._is_set:
+            come: list[T] = []
+            with anyio.CancelScope() as scope:
+                self._scopes.add(scope)
+                try:
+                    come.append(await anext(iterator))
+                except StopAsyncIteration:
+                    return
+                finally:
+                    self._scopes.discard(scope)
+            for item in come:
+                yield item
+        if (close := getattr(iterator, "aclose", None)) is not None:
+            await close()
+
+    def mark(self) -> None:
+        """Set it, and wake nobody yet: all that a signal handler may do."""
+        self._is_set = True
+        for part in [*self._parts]:
+            part.mark()
+
+    def set(self) -> None:
+        """Set it, for lifespans; to end one yourself call ``lifespan.stop()``."""
+        self._is_set = True
+        if self._event is not None:
+            self._event.set()
+        for scope in [*self._scopes]:
+            scope.cancel()
+        for part in [*self._parts]:
+            part.set()
+
+    def __repr__(self) -> str:
+        return f"<Stopping, {'set' if self._is_set else 'not set'}>"
+
+
+of_worker: ContextVar[tuple[Lifespan, Stopping] | None] = ContextVar("lifekit.stopping", default=None)
+"""In a worker: its lifespan, and what tells it alone."""
+
+
+class StoppingOf:
+    """What `lifekit.stopping` is: a function, and a dependency that costs no thread."""
+
+    __name__: ClassVar[str] = "stopping"
+    __signature__: ClassVar[RequestSignature] = RequestSignature()
+    __wrapped__: ClassVar[Any] = staticmethod(is_async)
+
+    @overload
+    def __call__(self) -> Stopping: ...
+    @overload
+    def __call__(self, connection: HTTPConnection) -> Coroutine[Any, Any, Stopping]: ...
+    def __call__(self, connection: Any = None) -> Any:
+        """Return the `Stopping` of the lifespan that this code runs in: of a request its own.
+
+        In a worker it is the worker's, which is set when the worker is to end. As a dependency it is
+        ``Depends(lifekit.stopping)``.
+
+        Raises:
+            NotOpenError: No lifespan runs here.
+        """
+        return _find() if connection is None else _of_request(connection)
+
+
+stopping: StoppingOf = StoppingOf()
+"""``lifekit.stopping()`` is the `Stopping` of the lifespan that this code runs in.
+
+In a request it is that of the lifespan which serves it. In a worker it is the worker's, which is set
+when that is to end. ``Depends(lifekit.stopping)`` is the same for a route.
+
+Raises:
+    NotOpenError: No lifespan runs.
+"""
+
+
+async def _of_request(connection: HTTPConnection) -> Stopping:
+    from .lifespan import Lifespan  # which imports this module
+
+    state: dict[str, object] = connection.scope.get("state") or {}
+    for value in state.values():
+        if isinstance(value, Lifespan):
+            return value.stopping
+    return _find()
+
+
+def _find() -> Stopping:
+    here = current.get() or everywhere.get(running_loop(), ())[::-1]
+    if not here:
+        raise NotOpenError(
+            "stopping() is asked for, and no lifespan runs here. Ask inside `async with "
+            "registry.lifespan()`, in a worker, or in a request of an application that has one: "
+            "FastAPI(lifespan=registry.lifespan).",
+            resource="stopping",
+        )
+    worker = of_worker.get()
+    return worker[1] if worker is not None and worker[0] is here[0] else here[0].stopping

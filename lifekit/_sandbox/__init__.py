@@ -1,0 +1,1 @@
+"""What undoes all that a test does; imported only when a value is to be sandboxed."""

@@ -1,0 +1,1 @@
+"""Redis's sandbox: a leased database, and what is said on the way to it."""

@@ -1,0 +1,1 @@
+"""What Python, AnyIO and its backends have no word for. It imports nothing of lifekit."""

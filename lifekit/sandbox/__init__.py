@@ -1,1 +1,0 @@
-"""What the drivers' sandboxes are made of; imported only when a value is to be sandboxed."""
