@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiopg
 import anyio
@@ -213,6 +216,20 @@ async def test_in_a_sandbox_a_leader_leads_at_once_and_takes_no_lock(postgres: S
     assert len(numbers) == 2
 
 
+async def test_the_example_reports_in_one_process_of_several(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from how_to import leading as example
+
+    monkeypatch.setenv("DATABASE_URL", postgres.url)
+    async with example.registry.lifespan() as first, example.registry.lifespan() as second:
+        done = {"waiting", "standby"}
+        await until(lambda: {each[example.report].state for each in (first, second)} == done)
+        row = await first[example.db].fetchrow("SELECT name, leader FROM reports")
+        assert row is not None
+        assert row["name"] == "hourly"
+
+
 # -- what stands between ---------------------------------------------------------------------------
 
 
@@ -263,6 +280,60 @@ async def test_a_pooler_that_shares_sessions_is_refused_and_another_is_not(postg
         assert await lock.acquire(10.0)
         assert len(apart.ended) == 2  # closed, then cut off
         await lock.release()
+
+
+POOLER = """
+[databases]
+* = host={address.hostname} port={address.port} user={address.username} password={address.password}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+auth_file = {directory}/users.txt
+pool_mode = {mode}
+ignore_startup_parameters = extra_float_digits
+logfile = {directory}/log
+"""
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+async def test_pgbouncer_is_refused_in_transaction_mode_alone(
+    postgres: Server, mode: str
+) -> None:
+    program = shutil.which("pgbouncer")
+    if program is None:
+        pytest.skip("pgbouncer is not installed: apt install pgbouncer")
+    address, port = urlsplit(postgres.url), random.randrange(20_000, 30_000)
+    with TemporaryDirectory() as directory:
+        Path(directory).chmod(0o777)  # it runs as somebody else than root
+        Path(directory, "users.txt").write_text(f'"{address.username}" ""\n')
+        config = POOLER.format(address=address, port=port, directory=directory, mode=mode)
+        Path(directory, "ini").write_text(config)
+        user = ["-u", "nobody"] if os.getuid() == 0 else []
+        pooler = subprocess.Popen([program, "-q", *user, f"{directory}/ini"])
+        try:
+            url = f"postgresql://{address.username}@127.0.0.1:{port}{address.path}"
+
+            async def connects() -> bool:
+                with suppress(OSError):
+                    await (await asyncpg.connect(url, statement_cache_size=0)).close()
+                    return True
+                assert pooler.poll() is None
+                return False
+
+            await until(connects)
+            async with asyncpg.create_pool(url, min_size=1, statement_cache_size=0) as pool:
+                if mode == "session":
+                    async with lifekit.exclusive(pool, "migrations") as held:
+                        assert held.number > 0
+                else:
+                    with pytest.raises(DeclarationError, match="in transaction mode, such as PgBouncer"):
+                        async with lifekit.exclusive(pool, "migrations"):
+                            pytest.fail("it is not exclusive")
+        finally:
+            pooler.terminate()
+            pooler.wait(LIMIT)
 
 
 # -- processes -------------------------------------------------------------------------------------

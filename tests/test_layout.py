@@ -271,7 +271,10 @@ def test_the_public_names_are_these() -> None:
 
 def test_the_public_names_of_the_parts_are_these() -> None:
     assert asgi.__all__ == ["combine", "health", "lifespan_of"]
-    assert drivers.__all__ == ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
+    assert drivers.__all__ == [
+        *("Driver", "Gateway", "Lock", "Sandbox", "Tls"),
+        *("find", "loaded", "register"),
+    ]
     assert testing.__all__ == [
         "Sandboxing",
         "client",

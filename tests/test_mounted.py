@@ -223,3 +223,14 @@ async def test_tools_of_fastmcp_answer_under_a_mounted_application() -> None:
         answer = await web.post("/mcp", json=question, headers=accepts)
     assert answer.status_code == 200, answer.text
     assert '"serverInfo"' in answer.text
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_example_runs_what_it_mounts(caplog: pytest.LogCaptureFixture) -> None:
+    from how_to import mounted
+
+    async with mounted.registry.lifespan() as lifespan:
+        assert lifespan[mounted.tools] == {"tool": "hammer"}
+    async with client(mounted.app) as web:
+        assert (await web.get("/tools/docs")).status_code == 200
+    assert not _warnings(caplog)

@@ -87,7 +87,7 @@ class _Conversation:
         except Exception as error:
             self._error = error
             if not self._asked:
-                self._error = LifekitError(self._has_none(f"it raised {name_of(error)}"))
+                self._error = LifekitError(self._has_none("it raised " + name_of(error)))
                 self._error.__cause__ = error
         self._answered.set()
         if self._error is not None and not self._stop.is_set():

@@ -6,11 +6,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from types import FrameType
+from typing import Any, Self
 
 import anyio
+from anyio import CancelScope
 
 from lifekit._util.interrupts import SIGNALS, getsignal, set_handler
 from lifekit._util.loops import call_soon
@@ -36,12 +37,13 @@ async def _live(
 ) -> int:
     try:
         lifespan = make()
-        with _stopped_by_signals(lifespan) as signals:
+        with _Signals(lifespan) as signals:
             try:
                 async with lifespan:
-                    await (anyio.sleep_forever() if main is None else main(lifespan))
+                    with signals.body():
+                        await (anyio.sleep_forever() if main is None else main(lifespan))
             except LifekitError as error:
-                if type(error) is not LifekitError or not signals:
+                if type(error) is not LifekitError or not signals.came:
                     raise  # else a signal came while it started
     except Exception as error:
         failure = redact_error(error)
@@ -52,28 +54,47 @@ async def _live(
     return STOPPED
 
 
-@contextmanager
-def _stopped_by_signals(lifespan: Lifespan) -> Generator[list[int]]:
-    """Stop the lifespan at the first signal; yield those that have come."""
-    came: list[int] = []
-    soon = call_soon()
+class _Signals:
+    """Handlers of SIGTERM and SIGINT by which a process ends in order."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) == 1:
-            soon(lambda: lifespan.stop(f"{signal.Signals(number).name} came"))
+    def __init__(self, lifespan: Lifespan) -> None:
+        self.came = 0
+        self._lifespan = lifespan
+        self._soon = call_soon()
+        self._scope: CancelScope | None = None
+        self._found: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other one can set any
+            found = {number: getsignal(number) for number in SIGNALS}
+            # Not what a shell has a process in its background ignore.
+            self._found = {
+                number: handler for number, handler in found.items() if handler != signal.SIG_IGN
+            }
+        for number in self._found:
+            set_handler(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._found.items():
+            set_handler(number, signal.SIG_DFL if handler is None else handler)
+
+    def body(self) -> CancelScope:
+        """Return the scope of what the first signal ends, when all is open."""
+        self._scope = CancelScope()
+        if self.came:
+            self._scope.cancel()
+        return self._scope
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.came += 1
+        if self.came == 1:
+            self._soon(self._end)
         elif number == signal.SIGINT:  # whoever presses Ctrl-C again waits no longer for the body
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield came  # no handler can be set here, and none would be called
-        return
-    found = {number: getsignal(number) for number in SIGNALS}
-    changed = [number for number in SIGNALS if found[number] not in (signal.SIG_IGN, None)]
-    for number in changed:  # not what a shell has a process in its background ignore
-        set_handler(number, handle)
-    try:
-        yield came
-    finally:
-        for number in changed:
-            set_handler(number, found[number])
+    def _end(self) -> None:
+        if self._scope is None:
+            self._lifespan.stop("a signal came while it started")
+        else:
+            self._scope.cancel()

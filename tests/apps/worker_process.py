@@ -58,12 +58,11 @@ async def exits(lifespan: Lifespan) -> None:
 
 
 async def ignores(lifespan: Lifespan) -> None:
-    note("ignoring")
-    try:
-        await anyio.sleep_forever()
-    except anyio.get_cancelled_exc_class():
+    with anyio.CancelScope(shield=True):
+        note("ignoring")
+        await lifekit.stopping().wait()
         note("noticed")
-    await anyio.sleep_forever()
+        await anyio.sleep_forever()
 
 
 MAINS: dict[str, Callable[[Lifespan], Awaitable[None]]] = {
