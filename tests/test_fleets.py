@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -297,10 +297,9 @@ logfile = {directory}/log
 """
 
 
-@pytest.mark.parametrize("mode", ["transaction", "session"])
-async def test_pgbouncer_is_refused_in_transaction_mode_alone(
-    postgres: Server, mode: str
-) -> None:
+@contextmanager
+def _pgbouncer(postgres: Server, mode: str) -> Generator[str]:
+    """Run a real one; give the URL by which clients reach the server through it."""
     program = shutil.which("pgbouncer")
     if program is None:
         pytest.skip("pgbouncer is not installed: apt install pgbouncer")
@@ -313,27 +312,31 @@ async def test_pgbouncer_is_refused_in_transaction_mode_alone(
         user = ["-u", "nobody"] if os.getuid() == 0 else []
         pooler = subprocess.Popen([program, "-q", *user, f"{directory}/ini"])
         try:
-            url = f"postgresql://{address.username}@127.0.0.1:{port}{address.path}"
-
-            async def connects() -> bool:
-                with suppress(OSError):
-                    await (await asyncpg.connect(url, statement_cache_size=0)).close()
-                    return True
-                assert pooler.poll() is None
-                return False
-
-            await until(connects)
-            async with asyncpg.create_pool(url, min_size=1, statement_cache_size=0) as pool:
-                if mode == "session":
-                    async with lifekit.exclusive(pool, "migrations") as held:
-                        assert held.number > 0
-                else:
-                    with pytest.raises(DeclarationError, match="in transaction mode, such as PgBouncer"):
-                        async with lifekit.exclusive(pool, "migrations"):
-                            pytest.fail("it is not exclusive")
+            yield f"postgresql://{address.username}@127.0.0.1:{port}{address.path}"
         finally:
             pooler.terminate()
             pooler.wait(LIMIT)
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+async def test_pgbouncer_is_refused_in_transaction_mode_alone(postgres: Server, mode: str) -> None:
+    with _pgbouncer(postgres, mode) as url:
+
+        async def connects() -> bool:
+            with suppress(OSError):
+                await (await asyncpg.connect(url, statement_cache_size=0)).close()
+                return True
+            return False
+
+        await until(connects)
+        async with asyncpg.create_pool(url, min_size=1, statement_cache_size=0) as pool:
+            if mode == "session":
+                async with lifekit.exclusive(pool, "migrations") as held:
+                    assert held.number > 0
+                return
+            with pytest.raises(DeclarationError, match="a pooler in transaction mode, such as Pg"):
+                async with lifekit.exclusive(pool, "migrations"):
+                    pytest.fail("it is not exclusive")
 
 
 # -- processes -------------------------------------------------------------------------------------
