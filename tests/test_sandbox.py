@@ -41,6 +41,7 @@ class Table:
         self.rows: list[int] = []
         self.fails: dict[str, BaseException] = {}
         self.hangs = False
+        self.is_quick = False
 
 
 class TableSandbox(Sandbox):
@@ -68,6 +69,13 @@ class TableSandbox(Sandbox):
         await anyio.lowlevel.checkpoint()
         self.table.rows = self.before.pop()
         self.note("end")
+
+    def end_at_once(self) -> bool:
+        """Put it back without waiting, where that can be done."""
+        if self.table.is_quick:
+            self.table.rows = self.before.pop()
+            self.note("end at once")
+        return self.table.is_quick
 
     async def close(self) -> None:
         """Give up."""
@@ -317,6 +325,23 @@ async def test_a_begin_that_fails_ends_what_had_begun(shop: Shop) -> None:
             lifespan[shop.orders].fails.clear()
             async with lifespan.sandbox():
                 pass
+
+
+@pytest.mark.parametrize("quick", [("users",), ("orders",), ("users", "orders")])
+async def test_what_takes_no_waiting_ends_at_once_before_and_after_what_does(
+    shop: Shop, quick: tuple[str, ...]
+) -> None:
+    with sandboxing():
+        async with shop.registry.lifespan() as lifespan:
+            tables = lifespan[shop.orders], lifespan[shop.users]
+            for table in tables:
+                table.is_quick = table.name in quick
+            async with lifespan.sandbox():
+                taken(shop.log)
+            ways = [
+                f"end at once {each.name}" if each.is_quick else f"end {each.name}" for each in tables
+            ]
+            assert taken(shop.log) == ways
 
 
 async def test_an_end_that_fails_fails_the_block_and_the_others_end(shop: Shop) -> None:

@@ -318,6 +318,7 @@ async def _end_each(
         except Exception as error:
             failures.append(_redacted(error))
         begun.pop()
+        _end_at_once(begun, failures)
 
 
 def _redacted(error: Exception) -> Exception:

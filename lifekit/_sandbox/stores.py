@@ -42,11 +42,14 @@ _FAKES = """
         aiocache.backends.memory dramatiq.brokers.stub fakeredis lifekit mongomock mongomock_motor
         taskiq.brokers.inmemory_broker
     """
-_BY_DOORS = "pg8000 piccolo.engine.postgres tortoise.backends.asyncpg tortoise.backends.psycopg"
+_BY_DOORS = (
+    *("pg8000", "piccolo.engine.postgres"),
+    *("tortoise.backends.asyncpg", "tortoise.backends.psycopg"),
+)
 """What connects by a client of PostgreSQL that has a door, and by nothing else."""
 _KNOWN = {
     **{package: what for what, packages in _STORES.items() for package in packages.split()},
-    **dict.fromkeys([*_FAKES.split(), *_BY_DOORS.split()], ""),
+    **dict.fromkeys([*_FAKES.split(), *_BY_DOORS], ""),
 }
 
 

@@ -365,7 +365,8 @@ def _ended() -> InvalidRequestError:
 
 def use_of(value: Any) -> Use:
     """Return how an engine is used."""
-    return _uses.setdefault(root(sync(value)), Use())
+    engine = root(sync(value))
+    return _uses.get(engine) or _uses.setdefault(engine, Use())
 
 
 def _most(pool: Any) -> int:

@@ -131,7 +131,7 @@ class Running:
         ]  # here, for they note their caller
         if not blocks:
             raise self._nothing_to_sandbox() from self.unsupported
-        return _entered(blocks)
+        return blocks[0] if len(blocks) == 1 else _entered(blocks)
 
     async def start(self, sandboxed: bool, *, workers: bool = True) -> None:
         """Start it: see `running`."""

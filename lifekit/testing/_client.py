@@ -173,13 +173,15 @@ def known_options(options: object, which: Literal["client", "sync_client"]) -> d
     Raises:
         OptionError: They are no dict, or neither of them knows one.
     """
-    from starlette.testclient import TestClient
-
     if not isinstance(options, dict):
         raise OptionError(
             f"lifekit_client_options gives a {type(options).__name__}, and a dict is expected: "
             'return {"base_url": "https://shop.test", "headers": {…}}'
         )
+    if not options:
+        return {}
+    from starlette.testclient import TestClient
+
     given: dict[str, Any] = {str(key): value for key, value in options.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     httpx = _httpx()
     known = {
@@ -198,9 +200,10 @@ def known_options(options: object, which: Literal["client", "sync_client"]) -> d
     return {key: value for key, value in given.items() if key in known[which]}
 
 
-def _names(*functions: Any) -> set[str]:
+@functools.cache
+def _names(*functions: Any) -> frozenset[str]:
     given = {"self", "app", "served", "portal", "options", "transport", "backend", "backend_options"}
-    return {name for each in functions for name in inspect.signature(each).parameters} - given
+    return frozenset(name for each in functions for name in inspect.signature(each).parameters) - given
 
 
 @functools.cache

@@ -341,8 +341,10 @@ class Run:
     ) -> None:
         """Refuse an application without an override of these fixtures, or with one that is over."""
         used = self._used[served]
-        live = {resource for lifespan in served.lifespans for resource in lifespan.live}
         asked = [each for each in [*entered] if each.fixture in fixtures]
+        if not (used or asked):
+            return
+        live = {resource for lifespan in served.lifespans for resource in lifespan.live}
         late = [each for each in asked if each.resource in live and each not in used]
         for override in late:
             override.used = True  # so that its end does not say it again

@@ -46,6 +46,7 @@ BENCHMARKS = {
         per_test.sqlalchemy, partial(per_test.sqlalchemy, rounds=1, few=1)
     ),
     "isolation-redis": Benchmark(per_test.valkey, partial(per_test.valkey, rounds=1, few=1)),
+    "isolation-aiopg": Benchmark(per_test.users, partial(per_test.users, rounds=1, few=1)),
     "server": Benchmark(per_test.servers, partial(per_test.servers, rounds=1)),
     "import-peers": Benchmark(
         contests.imports, partial(contests.imports, rounds=1, names=["lifekit"], own_bytecode=False)

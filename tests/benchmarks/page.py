@@ -49,6 +49,15 @@ FIGURES = [
     Figure(
         "isolation-redis", "A test on Redis", "nothing", "a test", UNDONE, "lifekit's sandbox", 0.05
     ),
+    Figure(
+        "isolation-aiopg",
+        "A test of an application on aiopg and Redis",
+        "nothing",
+        "a test",
+        UNDONE,
+        "lifekit's sandbox",
+        0.05,
+    ),
     Figure("import", "Import, with FastAPI", "FastAPI alone", "an import", within=0.01),
 ]
 

@@ -23,6 +23,8 @@ from .measure import Row, Take, contest, on
 
 TABLES = ["notes", *(f"other{number}" for number in range(19))]
 SCHEMA = ";".join(f"CREATE TABLE {name} (id serial PRIMARY KEY, body text)" for name in TABLES)
+WARM_UP = 10
+"""Tests after which a connection has prepared all, and PostgreSQL plans no statement anew."""
 
 Test = Callable[[], Awaitable[None]]
 
@@ -33,6 +35,8 @@ class Way(NamedTuple):
     prepared: Callable[[], Any]
     per_round: int = 10
     isolates: bool = True
+    stays: bool = True
+    """Whether it is open all the time: not what sandboxes, or the others would go by its gateway."""
 
 
 async def work(db: Any) -> None:
@@ -41,15 +45,28 @@ async def work(db: Any) -> None:
     assert await db.fetchval("SELECT body FROM notes WHERE id = $1", number) == "kept"
 
 
+async def turn(way: Way, times: int) -> float:
+    """Open a way for its turn alone, and return the seconds of one test of so many."""
+    async with way.prepared() as test:
+        for _ in range(WARM_UP):
+            await test()
+        return await seconds(times, test)
+
+
 async def measured_ways(figure: str, ways: dict[str, Way | None], rounds: int, few: int) -> list[Row]:
-    """Open all ways, and have their tests run in turns."""
+    """Open all ways that stay open, and have their tests run in turns."""
     takes: dict[str, Take | None] = {}
     async with AsyncExitStack() as stack:
         for name, way in ways.items():
             takes[name] = None
-            if way is not None:
+            if way is None:
+                continue
+            times = min(way.per_round, few)
+            if way.stays:
                 test = await stack.enter_async_context(way.prepared())
-                takes[name] = partial(seconds, min(way.per_round, few), test)
+                takes[name] = partial(seconds, times, test)
+            else:
+                takes[name] = partial(turn, way, times)
         return await take_turns(figure, rounds, takes, "ms", floor="nothing")
 
 
@@ -144,7 +161,7 @@ def postgres_ways(url: str) -> dict[str, Way]:
         "a database from a template": Way(template, per_round=1),
         "nothing": Way(nothing, isolates=False),
         "one connection rolled back": Way(rollback),
-        "lifekit's sandbox": Way(sandbox),
+        "lifekit's sandbox": Way(sandbox, stays=False),
         "DELETE of 1 table": Way(partial(emptied, delete(TABLES[:1]))),
         "DELETE of 20 tables": Way(partial(emptied, delete(TABLES))),
         "TRUNCATE of 1 table": Way(partial(emptied, truncate(TABLES[:1])), per_round=2),
@@ -256,7 +273,7 @@ def sqlalchemy_ways(url: str) -> dict[str, Way]:
     return {
         "nothing": Way(nothing, isolates=False),
         "SQLAlchemy's recipe": Way(recipe),
-        "lifekit's sandbox": Way(sandbox),
+        "lifekit's sandbox": Way(sandbox, stays=False),
     }
 
 
@@ -336,7 +353,7 @@ def redis_ways(url: str) -> dict[str, Way | None]:
         "nothing": Way(nothing, isolates=False),
         "FLUSHDB": Way(flushed),
         "fakeredis": Way(fake) if find_spec("fakeredis") else None,
-        "lifekit's sandbox": Way(sandbox),
+        "lifekit's sandbox": Way(sandbox, stays=False),
     }
 
 
@@ -346,6 +363,21 @@ def valkey(*, rounds: int = 40, few: int = 10) -> list[Row]:
     async def measured() -> list[Row]:
         async with embedded.valkey() as server:
             return await measured_ways("isolation-redis", redis_ways(server.url), rounds, few)
+
+    return on("asyncio", measured)
+
+
+# -- an application on aiopg and Redis -----------------------------------------------------------
+
+
+def users(*, rounds: int = 40, few: int = 10) -> list[Row]:
+    """Compare ways to isolate two requests to an application."""
+    from .users import ways  # here, for it imports FastAPI
+
+    async def measured() -> list[Row]:
+        async with database() as url, embedded.valkey() as server:
+            found = ways(url, server.url)
+            return await measured_ways("isolation-aiopg", dict(found), rounds, few)
 
     return on("asyncio", measured)
 

@@ -10,8 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -23,9 +23,10 @@ import pytest
 import redis.asyncio as redis
 
 from lifekit import embedded
+from lifekit.sandbox._postgres.hub import FIRST_NUMBER
 
 from . import __main__ as command
-from . import contests, figures, page, peers, per_test, results
+from . import contests, figures, page, peers, per_test, results, users
 from .access import SCOPE, Message, served
 from .measure import Row, contest, table
 from .peers.work import Plan, Pool
@@ -144,10 +145,58 @@ def test_ways_to_isolate_leave_no_key_in_redis_where_they_claim_it() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("shared_postgres")
+def test_ways_to_isolate_an_application_leave_nothing_where_they_claim_it() -> None:
+    """Neither the row that a request wrote nor the key is there for the next test."""
+
+    async def run() -> None:
+        async with per_test.database() as url, embedded.valkey() as server, AsyncExitStack() as stack:
+            admin: Any = await stack.enter_async_context(redis.from_url(server.url))
+            for name, way in users.ways(url, server.url).items():
+                async with way.prepared() as test:
+                    await test()
+                    keys = await admin.info("keyspace")
+                await admin.flushall()
+                connection = await asyncpg.connect(url)
+                row = await connection.fetchval("DELETE FROM notes RETURNING body")
+                await connection.close()
+                assert (row is None, keys == {}) == (way.isolates, way.isolates), name
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("shared_postgres")
+def test_what_connects_beside_the_sandbox_does_not_go_by_its_gateway() -> None:
+    """A way that connects in its tests is measured with the server itself."""
+    numbers: list[int] = []
+
+    async def run() -> None:
+        async with per_test.database() as url:
+
+            async def test() -> None:
+                connection = await asyncpg.connect(url)
+                numbers.append(connection.get_server_pid())
+                await connection.close()
+
+            @asynccontextmanager
+            async def connecting() -> AsyncGenerator[per_test.Test]:
+                yield test
+
+            ways = per_test.postgres_ways(url)
+            chosen = {name: ways[name] for name in ("nothing", "lifekit's sandbox")}
+            chosen["connecting"] = per_test.Way(connecting)
+            await per_test.measured_ways("isolation", dict(chosen), 2, 1)
+
+    asyncio.run(run())
+    assert len(numbers) == 3
+    assert max(numbers) < FIRST_NUMBER
+
+
 CONTESTS = {
     "isolation": 9,
     "isolation-sqlalchemy": 3,
     "isolation-redis": 4,
+    "isolation-aiopg": 3,
     "server": 1,
     "import-peers": 2,
     "graph-idle": 8,

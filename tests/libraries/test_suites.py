@@ -1,4 +1,4 @@
-"""Suites of real libraries pass over sandboxed pools as over real ones, but for what is a limit."""
+"""Suites of real libraries pass in a block, by the gateway's URL alone, but for what is a limit."""
 
 from __future__ import annotations
 
@@ -8,25 +8,33 @@ import secrets
 import subprocess
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
-import anyio
 import asyncpg
 import pytest
+from anyio import to_thread
 
-from lifekit import embedded
+from lifekit import Registry, embedded
+from lifekit.testing import sandboxing
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.anyio, pytest.mark.proof, pytest.mark.timeout(600)]
 
 PLUGINS = Path(__file__).with_name("plugins")
-TWO_AT_ONCE = "another connection"
-"""One transaction waits for another, which waits for it: there is one real connection."""
+NO_END = "it did not run"
+"""A transaction waits for another, and that for it, without an end: there is one real connection."""
+TWO_AT_ONCE = "another connection has a transaction open"
+"""As above, but it ends."""
+TEMPORARY = "already exists"
+"""A temporary table is there for all clients, after its own has gone as well."""
 NO_TRANSACTION = "lifekit's sandbox all runs inside one"
 """CREATE DATABASE runs outside of transactions only."""
 
+SERIALIZABLE = "test_databases::test_transaction_commit_serializable"
+WITH_TEMPORARY = "test_databases::test_iterate_outside_transaction_with_temp_table"
 SIBLINGS = "test_databases::test_transaction_context_sibling_task_isolation_example"
 
 
@@ -36,7 +44,8 @@ class Suite:
 
     sdist: str
     needs: tuple[str, ...]
-    tests: tuple[str, ...]
+    tests: tuple[tuple[str, ...], ...]
+    """What pytest is told: once for each block, which may hold only so many locks."""
     at_least: int
     limits: dict[str, str]
     variables: dict[str, str] = field(default_factory=dict[str, str])
@@ -52,9 +61,14 @@ SUITES = [
     Suite(
         "databases==0.9.0",
         ("aiosqlite==0.22.1",),
-        ("tests/test_databases.py", "-k", "not field and not mapping"),
+        (("tests/test_databases.py", "-k", "not field and not mapping"),),
         75,
-        {f"{SIBLINGS}[postgresql+{driver}]": TWO_AT_ONCE for driver in ("asyncpg", "aiopg")},
+        {
+            f"{SIBLINGS}[postgresql+asyncpg]": NO_END,
+            f"{SIBLINGS}[postgresql+aiopg]": NO_END,
+            f"{SERIALIZABLE}[postgresql+asyncpg]": TWO_AT_ONCE,
+            f"{WITH_TEMPORARY}[postgresql+aiopg]": TEMPORARY,
+        },
         {"TEST_DATABASE_URLS": "postgresql+asyncpg:{rest}, postgresql+aiopg:{rest}"},
     ),
     Suite(
@@ -62,7 +76,7 @@ SUITES = [
         ("aiosqlite==0.22.1", "iso8601==2.1.0", "pypika-tortoise==0.6.5", "pytz==2026.6"),
         (
             *(
-                f"tests/test_{name}.py"
+                (f"tests/test_{name}.py",)
                 for name in (
                     "basic",
                     "bulk",
@@ -79,7 +93,7 @@ SUITES = [
                     "update",
                 )
             ),
-            "tests/contrib/postgres/test_tsvector_field.py",
+            ("tests/contrib/postgres/test_tsvector_field.py",),
         ),
         290,
         {
@@ -90,6 +104,12 @@ SUITES = [
         "tortoise_conftest.py",
     ),
 ]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The suites run elsewhere."""
+    return "asyncio"
 
 
 @pytest.fixture(params=SUITES, ids=lambda suite: suite.name)
@@ -117,49 +137,33 @@ def _pip(*arguments: str) -> None:
         pytest.skip(f"pip can't {arguments[0]} {arguments[-1]}: {lines[-1] if lines else 'no reason'}")
 
 
-def test_the_suite_of_a_library_passes_over_sandboxed_pools(
+async def test_the_suite_of_a_library_passes_over_the_gateway(
     suite: tuple[Suite, Path, Path], postgres: embedded.Server, tmp_path: Path
 ) -> None:
-    """What passes over a real pool passes over a sandboxed one, but for what is a limit."""
+    """What passes over the server passes by the URL of the gateway, but for what is a limit."""
     chosen, source, packages = suite
+    url = await _database(postgres.url)
+    run = partial(_run, chosen, source, packages, tmp_path / "report.xml")
+    real: dict[str, str] = {}
+    for tests in chosen.tests:
+        real |= await to_thread.run_sync(run, url, tests)
+    url = await _database(postgres.url)  # whose sequences are new
+    registry = Registry("libraries", close_timeout=60)
 
-    def run(plugins: tuple[str, ...]) -> dict[str, str]:
-        kind = "sandboxed" if plugins else "real"
-        report = tmp_path / f"{kind}.xml"
-        url = anyio.run(_database, postgres.url)
-        rest, server = (
-            url.removeprefix("postgresql:"),
-            url.rpartition("/")[0].removeprefix("postgresql:"),
-        )
-        inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-        environment = {
-            **{
-                key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PG"))
-            },
-            **{key: text.format(rest=rest, server=server) for key, text in chosen.variables.items()},
-            "DATABASE_URL": url,
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": os.pathsep.join([*map(str, (source, packages, PLUGINS)), *inherited]),
-            "PGOPTIONS": "-c lock_timeout=15000",  # for what a suite does over connections of its own
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--junit-xml", str(report)]
-        loaded = ("pytest_asyncio.plugin", "pytest_timeout", *plugins)
-        command += [*(f"-p{name}" for name in ("no:cacheprovider", *loaded)), "--timeout=30"]
-        done = subprocess.run(
-            [*command, *chosen.tests],
-            cwd=source,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        assert report.exists(), done.stdout + done.stderr
-        return _outcomes(report)
+    @registry.resource
+    def server() -> Any:
+        return embedded.postgres(url)
 
-    with ThreadPoolExecutor() as pool:
-        real, sandboxed = pool.map(run, [(), ("sandboxed_pools",)])
+    sandboxed: dict[str, str] = {}
+    hang = {name.partition("[")[0] for name, why in chosen.limits.items() if why == NO_END}
+    apart = [f"--deselect=tests/{name.replace('::', '.py::')}" for name in hang]
+    with sandboxing():
+        async with registry.lifespan() as lifespan:
+            for tests in chosen.tests:
+                async with lifespan.sandbox():
+                    by_gateway = lifespan[server].url
+                    sandboxed |= await to_thread.run_sync(run, by_gateway, (*tests, *apart))
+                assert not await _held(url), f"what {tests} did lasts"
     passed = {name for name, failure in real.items() if not failure}
     failed = {
         name: sandboxed.get(name, "it did not run") for name in passed if sandboxed.get(name, "-")
@@ -169,6 +173,50 @@ def test_the_suite_of_a_library_passes_over_sandboxed_pools(
     assert set(failed) == set(chosen.limits), failed
     for name, error in chosen.limits.items():
         assert error in failed[name]
+
+
+def _run(
+    chosen: Suite, source: Path, packages: Path, report: Path, url: str, tests: tuple[str, ...]
+) -> dict[str, str]:
+    """Run a suite on the database of a URL, and return what came of each test."""
+    rest = url.removeprefix("postgresql:")
+    server = rest.rpartition("/")[0]
+    inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PG"))},
+        **{key: text.format(rest=rest, server=server) for key, text in chosen.variables.items()},
+        "DATABASE_URL": url,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join([*map(str, (source, packages)), *inherited]),
+        "PGOPTIONS": "-c lock_timeout=15000",  # for what a suite does over connections of its own
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--junit-xml", str(report)]
+    loaded = ("no:cacheprovider", "pytest_asyncio.plugin", "pytest_timeout")
+    command += [*(f"-p{name}" for name in loaded), "--timeout=30"]
+    done = subprocess.run(
+        [*command, *tests],
+        cwd=source,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert report.exists(), done.stdout + done.stderr
+    return _outcomes(report)
+
+
+_HELD = "SELECT oid::regclass::text FROM pg_class WHERE relkind = 'r' AND oid > 16383"
+
+
+async def _held(url: str) -> list[str]:
+    """Return the tables that a database has got."""
+    connection = await asyncpg.connect(url)
+    try:
+        return [row[0] for row in await connection.fetch(_HELD)]
+    finally:
+        await connection.close()
 
 
 async def _database(url: str) -> str:

@@ -208,6 +208,28 @@ async def test_blocks_nest(admin: Admin) -> None:
         assert await cache.keys() == ["start"]
 
 
+async def test_a_block_in_which_nothing_was_done_ends_at_once(admin: Admin) -> None:
+    """No other does, whether it is the inner one or the outer one."""
+    async with opened(lambda: connect(admin.url)) as (_, cache):
+        sandbox = cache.connection_pool._sandbox
+        await cache.set("start", "1")
+        await sandbox.begin()
+        assert sandbox.end_at_once()
+        await sandbox.begin()
+        await cache.set("outer", "1")
+        await sandbox.begin()
+        assert sandbox.end_at_once()
+        assert not sandbox.end_at_once()
+        assert sorted(await cache.keys()) == ["outer", "start"]
+        await sandbox.begin()
+        await cache.set("inner", "1")
+        assert not sandbox.end_at_once()
+        await sandbox.end()
+        assert sorted(await cache.keys()) == ["outer", "start"]
+        await sandbox.end()
+        assert await cache.keys() == ["start"]
+
+
 async def test_what_is_done_outside_of_blocks_stays_for_the_next_ones(admin: Admin) -> None:
     """On the leased database, until the lifespan ends; a generator's end is there as well."""
 

@@ -167,8 +167,8 @@ async def test_what_connects_by_a_client_that_is_undone_is_undone(postgres: embe
     registry = Registry("stores")
 
     @registry.resource(close="disconnect")
-    async def library() -> Database:
-        database = Database(postgres.url)
+    async def library() -> Any:
+        database: Any = Database(postgres.url)
         await database.connect()
         return database
 

@@ -148,13 +148,27 @@ class Lease:
             self._holds, self.touched = _packed("EVAL", _RESTORE, 0, *kept) if kept else _EMPTY, False
         self._found.append(self._holds)
 
+    @property
+    def _depth(self) -> int:
+        return max((each.depth for each in self.sandboxes), default=0)
+
+    def is_as_found(self) -> bool:
+        """Return whether the database holds what the innermost block found."""
+        if self.touched or self.is_lost() or len(self._found) != self._depth:
+            return False
+        return self._found[-1] == self._holds
+
+    def end_as_found(self) -> None:
+        """End it, once no client is in it any more."""
+        del self._found[self._depth :]
+
     async def end(self) -> None:
         """Put back what the innermost block found, once no client is in it any more.
 
         Raises:
             SandboxEscapedError: That could not be done.
         """
-        depth = max((each.depth for each in self.sandboxes), default=0)
+        depth = self._depth
         while len(self._found) > depth:
             found = self._found.pop()
             if self.is_lost():

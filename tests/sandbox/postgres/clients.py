@@ -165,6 +165,7 @@ async def block(gateway: Gateway) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        wrong = await gateway.end()
+        at_once = gateway.end_at_once()
+        wrong = await gateway.end() if at_once is None else at_once
     if wrong:
         raise RuntimeError("; ".join(wrong))
