@@ -273,10 +273,11 @@ async def test_a_pooler_that_shares_sessions_is_refused_and_another_is_not(postg
         with pytest.raises(
             DeclarationError, match=r"shop\.purge: .* a pooler in transaction mode, such as"
         ):
-            await lock.acquire(10.0)
+            await lock.open(10.0)
         assert len(sharing.ended) == 2
         apart = _Pooler(pool, shares=False)
         lock = _lock.PostgresLock(apart.connect, "shop.purge")
+        await lock.open(10.0)
         assert await lock.acquire(10.0)
         assert len(apart.ended) == 2  # closed, then cut off
         await lock.release()

@@ -46,9 +46,12 @@ class ServerLock:
         if self.server.fails is not None:
             raise self.server.fails
 
+    async def open(self, lease: float) -> None:
+        await checkpoint()
+        self.server.open.add(self)
+
     async def acquire(self, lease: float) -> int | None:
         await self._reach()
-        self.server.open.add(self)
         holder, until = self.server.held.get(self.key, (None, 0.0))
         if holder is not None and until > anyio.current_time():
             return None

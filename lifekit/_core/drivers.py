@@ -131,6 +131,10 @@ class Tls(NamedTuple):
 class Lock(Protocol):
     """A lock that one process has at a time, for as long as it is heard of."""
 
+    async def open(self, lease: float) -> None:
+        """Prepare for `acquire`, before which it is called each time: connect, where that is needed."""
+        ...
+
     async def acquire(self, lease: float) -> int | None:
         """Try to get it for *lease* seconds; return a number that grows, or None if it is taken."""
         ...

@@ -147,8 +147,10 @@ async def _try_until_acquired(
 ) -> tuple[int, float]:
     delay = LEASE / 100
     while True:
-        asked = anyio.current_time()
         try:
+            with anyio.fail_after(3 * LEASE):
+                await lock.open(LEASE)
+            asked = anyio.current_time()
             with anyio.fail_after(LEASE):
                 number = await lock.acquire(LEASE)
         except DeclarationError:

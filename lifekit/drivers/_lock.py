@@ -51,11 +51,15 @@ class PostgresLock:
         self._id = int.from_bytes(digest, signed=True)
         self._session: Session | None = None
 
+    async def open(self, lease: float) -> None:
+        """Begin a session, where there is none."""
+        if self._session is None:
+            self._session = await self._begin(lease)
+
     async def acquire(self, lease: float) -> int | None:
         """Try to lock."""
+        assert self._session is not None
         try:
-            if self._session is None:
-                self._session = await self._begin(lease)
             if not await self._session.fetch(f"select pg_try_advisory_lock({self._id})"):
                 return None
             return int(await self._session.fetch(_NUMBER))
@@ -105,8 +109,8 @@ class PostgresLock:
                 "idle_session_timeout": str(round(lease * 1000)),
                 **dict.fromkeys(("statement_timeout", "lock_timeout"), "0"),
             }
-            for name, value in settings.items():
-                await session.fetch(f"select set_config('{name}', '{value}', false)")
+            each = (f"set_config('{name}', '{value}', false)" for name, value in settings.items())
+            await session.fetch(f"select {', '.join(each)}")
         except BaseException:
             session.terminate()
             raise

@@ -29,6 +29,9 @@ class RedisLock:
         self._client, self._token = client, secrets.token_hex(16)
         self._keys = (f"lifekit:{{{key}}}:leader", f"lifekit:{{{key}}}:number")  # in one slot
 
+    async def open(self, lease: float) -> None:
+        """Do nothing: the client connects when it sends something."""
+
     async def acquire(self, lease: float) -> int | None:
         """Set the key where nobody has."""
         number = await self._run(_ACQUIRE, lease)
