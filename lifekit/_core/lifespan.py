@@ -256,6 +256,7 @@ class Lifespan(Mapping[str, Any]):
         self._tokens = [variable.set(value) for variable, value in engine.variables]
         self._look_at(engine)
         if self._root is self:
+            self.start.is_up(self)
             self._body = body(entering)
             if self._ends_body and self._body is not None:
                 self._body.cancel()
