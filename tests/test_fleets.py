@@ -488,6 +488,7 @@ async def test_never_two_at_once_however_often_leaders_are_gone(
             stopped = leader if how == "stopped" else None
             number, leader = await fleet.leader(after=number)
             waited.append(time.monotonic() - began)
+            print(f"{how}: {waited[-1]:.2f} s")
             if stopped is not None:
                 os.kill(stopped, signal.SIGCONT)
             await anyio.sleep(random.uniform(0, lease / 4))

@@ -29,6 +29,10 @@ class Session(Protocol):
         """Return the first column of the first row."""
         ...
 
+    async def ping(self) -> None:
+        """Let the server hear of it, in one message: between two it would wait forever."""
+        ...
+
     async def pause(self, seconds: float) -> None:
         """Wait for so long, or until the connection is lost, where that is noticed."""
         ...
@@ -74,10 +78,13 @@ class PostgresLock:
 
     async def renew(self, lease: float) -> bool:
         """Let the server hear of it. Where the session fails, the lock is lost with it."""
+        if self._session is None:
+            return False
         try:
-            return self._session is not None and await self._session.fetch("select 1") == 1
+            await self._session.ping()
         except Exception:
             return False
+        return True
 
     async def release(self) -> None:
         """End the session."""
@@ -161,6 +168,10 @@ class AsyncpgSession:
         """Return the first column of the first row."""
         return await self._connection.fetchval(statement)
 
+    async def ping(self) -> None:
+        """Send a statement that is not prepared."""
+        await self._connection.execute("select 1")
+
     async def pause(self, seconds: float) -> None:
         """Wait for so long, or until the connection is lost."""
         with anyio.move_on_after(seconds):
@@ -192,6 +203,10 @@ class PsycopgSession:
             await cursor.execute(statement)
             return (await cursor.fetchone())[0]
 
+    async def ping(self) -> None:
+        """Send a statement."""
+        await self.fetch("select 1")
+
     async def pause(self, seconds: float) -> None:
         """Wait for so long, or until the server says something unasked: that it is going, mostly."""
         with anyio.move_on_after(seconds):
@@ -218,6 +233,10 @@ class AiopgSession:
         async with self._connection.cursor() as cursor:
             await cursor.execute(statement)
             return (await cursor.fetchone())[0]
+
+    async def ping(self) -> None:
+        """Send a statement."""
+        await self.fetch("select 1")
 
     async def pause(self, seconds: float) -> None:
         """Wait: a lost connection is seen when it is used."""
