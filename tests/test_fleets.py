@@ -441,9 +441,12 @@ async def _disturb(fleet: Processes, how: str, kind: str, leader: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
-        *(("asyncpg", how) for how in ("killed", "stopped", "disconnected")),
-        *(("redis", how) for how in ("killed", "stopped")),
-        ("sqlalchemy", "terminated"),
+        ("asyncpg", "killed"),
+        ("redis", "stopped"),
+        pytest.param("asyncpg", "stopped", marks=pytest.mark.long),
+        pytest.param("asyncpg", "disconnected", marks=pytest.mark.long),
+        pytest.param("redis", "killed", marks=pytest.mark.long),
+        pytest.param("sqlalchemy", "terminated", marks=pytest.mark.long),
     ],
 )
 async def test_when_a_leader_is_gone_another_leads_and_never_two_at_once(

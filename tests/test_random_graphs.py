@@ -354,7 +354,7 @@ unstarted = pytest.mark.filterwarnings("ignore:coroutine 'sleep_forever' was nev
 
 
 @unstarted
-@settings(quickly, max_examples=120)
+@settings(quickly, max_examples=60)
 @given(cases())
 def test_random_graphs_keep_every_promise(case: Case) -> None:
     check(case)
@@ -363,7 +363,7 @@ def test_random_graphs_keep_every_promise(case: Case) -> None:
 @unstarted
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@settings(quickly, max_examples=400, derandomize=False)
+@settings(quickly, max_examples=1000, derandomize=True)
 @given(cases())
 def test_thousands_of_random_graphs_keep_every_promise(case: Case) -> None:
     check(case)

@@ -86,12 +86,20 @@ async def who(value: Any) -> str:
         return str(row[0])
 
 
+ASYNCIO, UVLOOP = ("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})
+
+
 @pytest.mark.anyio
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "anyio_backend", [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})]
+    ("driver", "anyio_backend"),
+    [
+        pytest.param(of_asyncpg, UVLOOP, id="asyncpg, uvloop"),
+        pytest.param(of_asyncpg, ASYNCIO, id="asyncpg, asyncio", marks=pytest.mark.long),
+        pytest.param(of_psycopg, UVLOOP, id="psycopg, uvloop", marks=pytest.mark.long),
+        pytest.param(of_sqlalchemy, ASYNCIO, id="SQLAlchemy, asyncio", marks=pytest.mark.long),
+    ],
 )
-@pytest.mark.parametrize("driver", [of_asyncpg, of_psycopg, of_sqlalchemy], ids=lambda f: f.__name__)
 async def test_no_request_fails_and_old_logins_are_gone(
     anyio_backend: object, logins: Logins, driver: Callable[[str], Any]
 ) -> None:
