@@ -263,7 +263,6 @@ class Block:
         if crashes := self.lifespan.crashes:
             failures.append(CrashError.of(self.lifespan.registry.name, crashes))
             crashes.clear()
-            self.lifespan.has_crashed = False
         return failures
 
     def _raise(self, failures: list[Exception]) -> None:

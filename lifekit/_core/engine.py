@@ -21,19 +21,18 @@ from anyio import CancelScope, get_cancelled_exc_class
 
 from lifekit import events
 from lifekit._util.interrupts import hold, let_go
-from lifekit._util.loops import conceal, reveal, shelter, sheltered, spawn
+from lifekit._util.loops import conceal, reveal, shelter, spawn
 
 from .block import Block, current_block
 from .deadlines import Deadlines
 from .errors import LifekitError, Phase, is_a
-from .life import LAST_CALL, Life
+from .life import LAST_CALL, Life, terminate
 from .node import RUNNING, Node, State, Variables, belongs_to
 from .plan import Plan
 from .resource import Resource
-from .stand_in import redact_error
 from .stopping import Stopping, of_worker
 from .telling import Teller
-from .value import Call, Live, settle
+from .value import Live
 from .view import View
 from .worker import OnCrash, Worker
 from .working import Working
@@ -137,9 +136,9 @@ class Engine(View):
         self._bell.set()
 
     def interrupt(self, error: BaseException) -> None:
-        """Stop, and deliver *error* then."""
+        """End the application, and deliver *error* then."""
         self.interrupts.append(error)
-        self.stop()
+        self._lifespan.interrupted(error)
 
     def lose(self) -> None:
         """Say what can't be closed any more: the loop was closed, and did not ask before."""
@@ -492,8 +491,11 @@ class Engine(View):
         """Record what ended its task from outside of both."""
         if node.state is State.OPENING:
             self.open_failed(node, error)
-        else:
+        elif node.worker is None or self._stop_asked or node.rests:
             self.close_failed(node, (node.phase, error))
+        elif not node.crashed:
+            node.worker.state, node.worker.last_error = "crashed", error
+            self.crashed(node, error)
 
     def terminated(self, node: Node, _: None) -> None:
         """Tell that it is cut off."""
@@ -559,7 +561,7 @@ class Engine(View):
             self.time.arm(node, 2 * LAST_CALL)
             self._tasks.append(
                 spawn(
-                    self._terminate(node, live.terminate),
+                    terminate(self, node, live.terminate),
                     f"lifekit {node.resource.name}",
                     lambda: self.report(node, self.ended, None),
                 )
@@ -568,18 +570,6 @@ class Engine(View):
         node.left = True
         reveal(node.task)  # nobody waits for it any more
         node.live = live  # its task still has it, and closes it should the opening ever succeed
-
-    async def _terminate(self, node: Node, call: Call) -> None:
-        # In a task of its own: that of the resource was left behind.
-        sheltered.set(True)
-        try:
-            with CancelScope(shield=True, deadline=self.now() + LAST_CALL):
-                await settle(call())
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            self.report(node, self.close_failed, ("terminate", redact_error(error, node.live)))
-        self.report(node, self.ended, None)
 
     def _record(self, failures: list[Failure], node: Node, error: BaseException) -> None:
         if is_a(error, Exception):

@@ -244,6 +244,19 @@ class Life:
         return real
 
 
+async def terminate(owner: Engine, node: Node, call: Call) -> None:
+    """Cut off what was left behind, in another task than its own."""
+    sheltered.set(True)
+    try:
+        with CancelScope(shield=True, deadline=owner.now() + LAST_CALL):
+            await settle(call())
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        owner.report(node, owner.close_failed, ("terminate", redact_error(error, node.live)))
+    owner.report(node, owner.ended, None)
+
+
 def _is_a_deadline(error: BaseException, live: Live) -> bool:
     # One that a factory holds across its yield, and whose time is up: that may be as it is meant.
     if is_by_deadline(error):

@@ -47,7 +47,7 @@ class View:
     lost_before_stop: float
 
     def interrupt(self, error: BaseException) -> None:
-        """Stop, and deliver *error* then."""
+        """End the application, and deliver *error* then."""
         raise NotImplementedError
 
     def start_timeline(self) -> Timeline:
@@ -149,6 +149,11 @@ class View:
         """Return what its crash does."""
         declared = node.declaration
         return declared.rules.on_crash if isinstance(declared, Worker) else self.on_crash
+
+    def has_crashed(self) -> bool:
+        """Return whether something is dead that its declaration does not go on without."""
+        dead = (node for node in self.own if node.crashed and not node.rests)
+        return any(self.crash_rule(node) != "ignore" for node in dead)
 
     def stands_at(self, node: Node) -> tuple[str, ...]:
         """Return the lines where its task stands, as far as they can be known."""

@@ -19,7 +19,7 @@ OnCrash = Literal["stop", "unready", "ignore"]
 WorkerState = Literal["starting", "running", "waiting", "restarting", "stopping", "ended", "crashed"]
 """How a worker stands.
 
-``waiting`` is between two runs of ``every=``, ``restarting`` before it is run again after a failure.
+``waiting`` is between two runs, ``restarting`` the same after one that failed.
 """
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
