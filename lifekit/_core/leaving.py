@@ -1,4 +1,4 @@
-"""How a running lifespan is made to end: its server is told, or the body of its ``async with`` cancelled."""
+"""How a running lifespan is made to end: the server is told, or the body is cancelled."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class Ending:
 
     def _goes_on(self) -> None:
         events.logger.error(
-            f"{self._name} can't be ended from here, and goes on, unready, until it is left: it was entered "
-            "in a test's fixture, under a server that lifekit can't tell, or in a task that does something "
-            "else now. Enter it by `async with` in the task that is to end, or let that wait for "
-            "lifespan.stopping.wait() and leave it."
+            f"{self._name} can't be ended from here, and goes on, unready, until it is left: it was "
+            "entered in a test's fixture, under a server that lifekit can't tell, or in a task that "
+            "does something else now. Enter it by `async with` in the task that is to end, or let that "
+            "wait for lifespan.stopping.wait() and leave it."
         )
 
 
@@ -81,9 +81,7 @@ def body(entering: FrameType | None) -> Body:
             if frame.f_back is None or _name_of(frame.f_back) != "contextlib":
                 return Body()  # a fixture: whoever drives it does something else in the meantime
             nests &= _is_async_with(frame)
-        elif (
-            frame.f_code.co_name != "__aenter__"
-        ):  # an exit stack, which may outlive what it is used in
+        elif frame.f_code.co_name != "__aenter__":  # an exit stack, which may outlive its place
             nests = False
         frame = frame.f_back
     if frame is None or _name_of(frame).partition(".")[0] in _LOOPS or not _awaits(frame):

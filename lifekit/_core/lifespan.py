@@ -373,7 +373,7 @@ class Lifespan(Mapping[str, Any]):
             self._root.stop(f"{name} crashed")
 
     def interrupted(self, error: BaseException) -> None:
-        """End the application, in which *error* was raised that ends a process; called by the engine."""
+        """End the application, where *error* asks for the end of the process; called by the engine."""
         if self._root.block is None:
             self._root.stop(f"{type(error).__name__} was raised in it")
 

@@ -116,6 +116,6 @@ class Working(Life):
 
 
 _LEFT_OPEN = (
-    "{name} left a cancel scope or a task group open when its run ended, and can't be run again in a task "
-    "where it stays open. Open it by `with`, or `async with`, inside the worker's function."
+    "{name} left a cancel scope or a task group open when its run ended, and can't be run again in a "
+    "task where it stays open. Open it by `with`, or `async with`, inside the worker's function."
 )
