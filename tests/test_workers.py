@@ -266,6 +266,30 @@ def test_at_the_stop_a_worker_may_finish_within_its_drain_and_is_cancelled_then(
 
 
 @backends
+def test_a_drain_leaves_half_of_the_grace_to_what_is_behind(backend: str) -> None:
+    story = Story(grace=20.0)
+
+    @story.registry.resource
+    async def ledger() -> AsyncGenerator[None]:
+        yield
+        await anyio.sleep(8)
+        story.lines.append("ledger saved")
+
+    @story.registry.worker(ledger, drain=100.0)
+    async def outbox(ledger: None) -> None:
+        await anyio.sleep_forever()
+
+    async def main() -> None:
+        async with story.registry.lifespan():
+            await checkpoint()
+            began = anyio.current_time()
+        assert round(anyio.current_time() - began, 3) == 10 + 8
+
+    in_time(main, backend)
+    assert story.lines[-1] == "ledger saved"
+
+
+@backends
 def test_a_worker_that_ignores_its_cancellation_is_left_behind_and_named(backend: str) -> None:
     released: list[anyio.Event] = []
     registry = Registry("shop", close_timeout=2.0)

@@ -228,6 +228,7 @@ class Block:
             except Exception as failure:
                 failures.append(failure)
             if self._around is not None and self._around.works and not self._around._is_leaving:
+                self.lifespan.block = self._around
                 await self._around._begin_work()
             self._raise(failures)
         if left:
@@ -251,8 +252,10 @@ class Block:
 
             known = [(layer.close_failures, len(layer.close_failures)) for layer in layers]
             try:
-                if (interrupt := await suspend(crew_of(layers))) is not None:
-                    raise interrupt
+                interrupt = await suspend(crew_of(layers))
+                exits = [layer.interrupts.pop() for layer in layers if layer.interrupts]
+                if interrupt is not None or exits:
+                    raise interrupt or exits[0]
             except BaseException:
                 self.over = self._is_leaving
                 await self._end(self._begun)  # what was done is undone all the same
@@ -260,7 +263,10 @@ class Block:
             for failed, before in known:
                 failures += [error for _, _, error in failed[before:]]
                 del failed[before:]
-        if crashes := self.lifespan.crashes:
+        crashes = self.lifespan.crashes
+        for layer in layers:
+            crashes += layer.died_in_block()
+        if crashes:
             failures.append(CrashError.of(self.lifespan.registry.name, crashes))
             crashes.clear()
         return failures

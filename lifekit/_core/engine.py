@@ -33,7 +33,7 @@ from .resource import Resource
 from .stopping import Stopping, of_worker
 from .telling import Teller
 from .value import Live
-from .view import View
+from .view import Failure, View
 from .worker import OnCrash, Worker
 from .working import Working
 
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 OVERDUE = 5.0
 """Seconds after the grace of a shutdown from which on a signal's handler may interrupt what closes."""
-
-Failure = tuple[str, str, Exception]
-"""A resource's name, its code line, what it failed with."""
 
 
 class Engine(View):
@@ -70,7 +67,7 @@ class Engine(View):
         variables: Variables,
         gateway: Isolation | None,
         block: Callable[[], Block | None],
-        workers: bool,
+        workers: Callable[[], bool],
         on_crash: OnCrash,
         crashes: list[Failure],
         on_event: Callable[[events.Event], object] | None,
@@ -78,7 +75,8 @@ class Engine(View):
     ) -> None:
         """Prepare a run; *values* may already hold some, which this run uses and leaves alone.
 
-        *variables* are set for all factories; *workers* begin when all is open, or later.
+        *variables* are set for all factories; workers begin when all is open, where *workers*
+        says so then, or later.
         """
         self.name, self.plan, self.values, self._lifespan = name, plan, values, lifespan
         self._given = variables
@@ -102,7 +100,7 @@ class Engine(View):
         self.began = self.stop_began = 0.0
         self._on_finished = on_finished
         self.on_crash, self.crashes = on_crash, crashes
-        self._due = set(self.crew if workers else ())  # which begin when all is open
+        self._due, self._may_work = set(self.crew), workers
         self._changes, self._resting, self._resumed = [], [], []
         self._stop_asked = False
         self._unopened, self._running = sum(node.worker is None for node in self.own), 0
@@ -219,9 +217,9 @@ class Engine(View):
         for node, happened, what in sorted(reports, key=lambda report: report[0].index):
             if node.state is not State.ENDED:
                 self._carry_out(happened, node, what)
-        changes, self._changes = self._changes, []
-        for change in changes:
-            self._carry_out(change)
+        # One after the other: what opens anew is open, or has failed, before anything else rests.
+        while self._changes and (self._stop_asked or not self._unopened):
+            self._carry_out(self._changes.pop(0))
         for node in overdue:
             self._carry_out(self._overdue, node)
         if self._stop_asked and not self.stopping:
@@ -308,7 +306,7 @@ class Engine(View):
             if self._teller.heard:
                 self._tell(events.Started, self.start_timeline())
             self.ready.set()
-        for node in self.own:
+        for node in self.own if self._may_work() else ():
             if node.resource in self._due:
                 self._begin_to_work(node)
         self._due.clear()
@@ -338,8 +336,9 @@ class Engine(View):
     def _suspend(self, resources: Collection[Resource[Any]], rested: anyio.Event) -> None:
         nodes = [node for node in self.own if node.resource in resources and node.state in RUNNING]
         self._resting.append((nodes, rested))
+        for node in self.own:
+            node.rests |= node.resource in resources  # what has ended by itself as well
         for node in nodes:
-            node.rests = True
             children = {self.nodes[index] for index in self.plan.children[node.index]}
             node.pending = sum(child in children for child in nodes)
         for node in reversed(nodes):
@@ -469,7 +468,8 @@ class Engine(View):
         conceal(node.task)
         node.drains = node.declaration.rules.drain > 0
         if node.drains:
-            self.time.arm(node, min(node.declaration.rules.drain, self.close_seconds(node, inf)))
+            left = self.close_seconds(node, inf) / 2  # the other half is for what is behind it
+            self.time.arm(node, min(node.declaration.rules.drain, left))
         else:
             self._cancel(node)
 
@@ -515,7 +515,7 @@ class Engine(View):
                 node.worker.state = "ended"
             self._tell(events.WorkerEnded, node.resource.name, node.worker.state)
         elif node.crashed and self.on_crash == "stop" and node.clean:
-            self._record(self.crashes, node, LifekitError(_NO_WORD.format(name=node.resource.name)))
+            self.crashes.append(self.no_word(node))
         if not node.left:  # else its task may still need it
             node.live = None
         for index in reversed(self.plan.parents[node.index]):
@@ -581,9 +581,6 @@ class Engine(View):
         """Have *happened* told to the owner, at its next turn."""
         self._reports.append((node, happened, what))
         self._bell.set()
-
-
-_NO_WORD = "{name}: a scope that it holds was cancelled while it was open, and nothing says why"
 
 
 def _between(began: float | None, ended: float | None) -> float:

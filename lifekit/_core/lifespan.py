@@ -211,7 +211,7 @@ class Lifespan(Mapping[str, Any]):
             variables=self._root._variables,
             gateway=self._root._gateway,
             block=lambda: self._root.block,
-            workers=self._root._may_work(),
+            workers=self._root._may_work,
             on_crash=registry.on_crash,
             crashes=self.crashes,
             on_event=registry.on_event,

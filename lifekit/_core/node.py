@@ -89,6 +89,7 @@ class Node:
         "scope",
         "state",
         "task",
+        "told",
         "variables",
         "wake",
         "worker",
@@ -123,6 +124,7 @@ class Node:
         self.lost = 0.0  # seconds for which others did, as far as its alarm allows for them
         self.asked = False
         self.crashed = False  # it died while it was to be open
+        self.told = False  # at the end of a block
         self.drains = False  # a worker that may still end by itself
         self.rests = False  # it closes, or has closed, though the run goes on
         self.worker = WorkerStatus(resource.name) if isinstance(resource, Worker) else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lifekit._util.call_sites import suspended_frames, waiting_at
 
 from .deadlines import BLOCKED, Deadlines
-from .errors import DeadlineError
+from .errors import DeadlineError, LifekitError
 from .node import RUNNING, Node, State, Variables
 from .plan import Plan
 from .resource import Resource
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NOWHERE: tuple[str, ...] = ()
+Failure = tuple[str, str, Exception]
+"""A resource's name, its code line, what it failed with."""
+_NO_WORD = "{name}: a scope that it holds was cancelled while it was open, and nothing says why"
 
 
 class View:
@@ -154,6 +157,20 @@ class View:
         """Return whether something is dead that its declaration does not go on without."""
         dead = (node for node in self.own if node.crashed and not node.rests)
         return any(self.crash_rule(node) != "ignore" for node in dead)
+
+    def died_in_block(self) -> list[Failure]:
+        """Return what has died since it was asked last, and says why only when it closes."""
+        died = [
+            node for node in self.own if node.crashed and node.state is State.OPEN and not node.told
+        ]
+        for node in died:
+            node.told = True
+        return [self.no_word(node) for node in died if self.on_crash == "stop"]
+
+    def no_word(self, node: Node) -> Failure:
+        """Return what is told of a resource that died of nobody knows what."""
+        name = node.resource.name
+        return name, node.declaration.location, LifekitError(_NO_WORD.format(name=name))
 
     def stands_at(self, node: Node) -> tuple[str, ...]:
         """Return the lines where its task stands, as far as they can be known."""
