@@ -266,6 +266,25 @@ def test_at_the_stop_a_worker_may_finish_within_its_drain_and_is_cancelled_then(
 
 
 @backends
+def test_the_picture_of_the_stop_shows_how_long_workers_took_to_end(backend: str) -> None:
+    story = Story()
+
+    @story.registry.worker(story.db, drain=5.0)
+    async def outbox(db: str) -> None:
+        await lifekit.stopping().wait()
+        await anyio.sleep(3)
+
+    async def main() -> None:
+        async with story.registry.lifespan() as lifespan:
+            await checkpoint()
+        spans = {span.resource: round(span.seconds, 3) for span in lifespan.shutdown.spans}
+        assert spans["outbox"] == 3.0
+        assert lifespan.shutdown.critical_path == ("outbox", "db")
+
+    in_time(main, backend)
+
+
+@backends
 def test_a_drain_leaves_half_of_the_grace_to_what_is_behind(backend: str) -> None:
     story = Story(grace=20.0)
 

@@ -97,7 +97,7 @@ class Engine(View):
         self.close_failures: list[Failure] = []
         self.interrupts: list[BaseException] = []  # what must be delivered as it is
         self.held_back: list[BaseException] = []  # likewise, once all is closed
-        self.began = self.stop_began = 0.0
+        self.began = self.stop_began = self.lost_before_stop = 0.0
         self._on_finished = on_finished
         self.on_crash, self.crashes = on_crash, crashes
         self._due, self._may_work = set(self.crew), workers
@@ -113,7 +113,6 @@ class Engine(View):
         self._teller = Teller(name, lifespan, on_event, self.time, self.interrupt)
         self._teller.heard &= bool(self.own) or not plan.resources  # else all is open already
         self._tell = self._teller.tell
-        self.lost_before_stop = 0.0
         self._leave_shelter: Callable[[], None] = lambda: None
 
     def _new_node(self, index: int) -> Node:

@@ -19,7 +19,7 @@ from .worker import WorkerState, WorkerStatus
 if TYPE_CHECKING:
     from .engine import Engine  # which it only reads
     from .lifespan import Lifespan  # which is asked for it
-    from .value import Live
+    from .value import Live  # which it checks
 
 CHECK_SECONDS = 5.0
 """Seconds that one check has."""

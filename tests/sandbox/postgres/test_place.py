@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import pytest
+from lifekit.sandbox._postgres.place import Idleness, Place, Wire
 
 from lifekit.embedded import Server
-from lifekit.sandbox._postgres.place import Idleness, Place, Wire
 
 from .clients import Psycopg2, running_gateway, through
 
