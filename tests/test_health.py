@@ -116,7 +116,7 @@ def test_a_check_that_was_cancelled_has_failed(backend: str) -> None:
     async def main() -> None:
         async with shop.registry.lifespan() as lifespan:
             if backend == "trio":  # where nothing is cancelled but by a scope
-                shop.fails = trio.Cancelled._create(source="nursery")
+                shop.fails = trio.Cancelled._create(source="nursery")  # pyright: ignore
             else:
                 shop.fails = asyncio.CancelledError()
             assert (await lifespan.health()).resources["db"] == ResourceHealth(

@@ -158,6 +158,28 @@ async def test_until_ends_with_the_notice_and_gives_what_has_come() -> None:
         await lifekit.stopping().wait()
 
 
+async def test_a_cancellation_from_outside_goes_through_until_though_the_notice_comes_with_it() -> None:
+    reached = False
+    async with Registry().lifespan() as lifespan:
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_after_rounds, lambda: (lifespan.stopping.set(), scope.cancel()))
+                async for _ in lifekit.stopping().until(_nothing()):
+                    pass
+                await checkpoint()
+                reached = True
+    assert scope.cancelled_caught
+    assert not reached
+    with anyio.CancelScope() as scope:
+        await checkpoint()
+    assert not scope.cancelled_caught
+
+
+async def _nothing() -> AsyncGenerator[int]:
+    await anyio.sleep_forever()
+    yield 1
+
+
 async def _after_rounds(call: Any) -> None:
     for _ in range(5):
         await checkpoint()

@@ -404,8 +404,9 @@ def test_a_worker_that_leaves_something_of_its_task_open_crashes(
             runs.append(await anyio.create_task_group().__aenter__())
 
     async def main() -> None:
+        lifespan = story.registry.lifespan()
         with pytest.raises(CrashError) as caught:
-            async with story.registry.lifespan() as lifespan:
+            async with lifespan:
                 await anyio.sleep(100)
         assert lifespan[outbox].state == "crashed"
         assert "outbox left a cancel scope or a task group open" in str(caught.value)
