@@ -163,7 +163,8 @@ async def test_a_cancellation_from_outside_goes_through_until_though_the_notice_
     async with Registry().lifespan() as lifespan:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_after_rounds, lambda: (lifespan.stopping.set(), scope.cancel()))
+                tasks.start_soon(_after_rounds, lifespan.stopping.set)
+                tasks.start_soon(_after_rounds, scope.cancel)
                 async for _ in lifekit.stopping().until(_nothing()):
                     pass
                 await checkpoint()
