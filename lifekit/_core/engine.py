@@ -377,8 +377,9 @@ class Engine(View):
         node.notice = Stopping(self._lifespan.stopping)
         node.wake = self.event()
         self._running += 1
-        self._tell(events.WorkerStarted, node.resource.name)
-        node.scope, node.closing_scope = self.scope(shield=True), self.scope()
+        if self._teller.heard:
+            self._tell(events.WorkerStarted, node.resource.name)
+        node.closing_scope = self.scope()
         context = self._context_for(node)
         context.run(of_worker.set, (self._lifespan, node.notice))
         context.run(current_block.set, self.block())  # after which what it started is refused
@@ -512,7 +513,8 @@ class Engine(View):
         if node.worker is not None:
             if node.worker.state != "crashed":
                 node.worker.state = "ended"
-            self._tell(events.WorkerEnded, node.resource.name, node.worker.state)
+            if self._teller.heard:
+                self._tell(events.WorkerEnded, node.resource.name, node.worker.state)
         elif node.crashed and self.on_crash == "stop" and node.clean:
             self.crashes.append(self.no_word(node))
         if not node.left:  # else its task may still need it

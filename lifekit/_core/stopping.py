@@ -36,8 +36,10 @@ class Stopping:
         self._is_set = whole is not None and whole.is_set()
         self._event: anyio.Event | None = None
         self._waiting: set[_OnAsyncio | _OnTrio] = set()
-        self._parts: WeakSet[Stopping] = WeakSet()
+        self._parts: WeakSet[Stopping] | None = None
         if whole is not None:
+            if whole._parts is None:
+                whole._parts = WeakSet()
             whole._parts.add(self)
 
     def is_set(self) -> bool:
@@ -78,7 +80,7 @@ class Stopping:
     def mark(self) -> None:
         """Set it, and wake nobody yet: all that a signal handler may do."""
         self._is_set = True
-        for part in [*self._parts]:
+        for part in [*(self._parts or ())]:
             part.mark()
 
     def set(self) -> None:
@@ -88,7 +90,7 @@ class Stopping:
             self._event.set()
         for waiting in [*self._waiting]:
             waiting.cancel()
-        for part in [*self._parts]:
+        for part in [*(self._parts or ())]:
             part.set()
 
     def __repr__(self) -> str:

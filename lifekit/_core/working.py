@@ -33,7 +33,7 @@ class Working(Life):
         self._status: WorkerStatus = node.worker
 
     async def _life(self) -> None:
-        with self.node.scope, self.node.closing_scope:
+        with self.node.closing_scope:
             await self._work()
         self._report(self.owner.ended, None)
 

@@ -21,7 +21,7 @@ def working(count: int) -> Registry:
     """Declare *count* workers that wait."""
 
     async def worker() -> None:
-        await anyio.sleep_forever()
+        await anyio.Event().wait()
 
     registry = Registry("working")
     for index in range(count):

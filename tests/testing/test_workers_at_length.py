@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import anyio
 import asyncpg
@@ -49,7 +50,7 @@ class Shop:
         @registry.worker(cache, after=[tables])
         async def consumer(cache: redis.Redis) -> None:
             while True:
-                read = await cache.xreadgroup("shop", "one", {"jobs": ">"}, block=1000)
+                read: Any = await cache.xreadgroup("shop", "one", {"jobs": ">"}, block=1000)
                 for _, entries in read or ():
                     for key, fields in entries:
                         self.consumed.append(fields["test"])
