@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SandboxUnsupportedError,
         ShutdownError,
         StartupError,
+        UnavailableError,
         WrongLoopError,
     )
     from ._core.health import Health
@@ -51,6 +52,7 @@ __all__ = [
     "ShutdownError",
     "StartupError",
     "Stopping",
+    "UnavailableError",
     "Worker",
     "WrongLoopError",
     "stopping",

@@ -53,6 +53,39 @@ class Opened(_ResourceEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class Unavailable(_ResourceEvent):
+    """A resource that is not required did not open, and is tried again after *delay* seconds."""
+
+    error: BaseException = field(repr=False)  # its text may hold a password
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed(_ResourceEvent):
+    """A resource, and what is built from it, was built anew in *seconds*: the new values serve."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalFailed(_ResourceEvent):
+    """A renewal came to nothing: the old values stay."""
+
+    error: BaseException = field(repr=False)  # its text may hold a password
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTooLong(_ResourceEvent):
+    """What was renewed *seconds* ago is closed now, though *holders*, which are requests, still go on.
+
+    *resource* names all that was renewed together.
+    """
+
+    seconds: float
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Blocked(_ResourceEvent):
     """An opening or closing kept the event loop from everybody else for *seconds*.
 
@@ -151,6 +184,10 @@ class Stopped(_Event):
 Event = (
     Opening
     | Retrying
+    | Unavailable
+    | Renewed
+    | RenewalFailed
+    | HeldTooLong
     | Blocked
     | Opened
     | OpenFailed
@@ -186,6 +223,20 @@ def log(event: Event) -> None:
         case Retrying():
             cause = summary(event.error)
             logger.warning(f"{event.resource} tried again in {event.delay:.2f} s after {cause}")
+        case Unavailable():
+            cause = summary(event.error)
+            logger.warning(
+                f"{event.resource} is unavailable, and tried again in {event.delay:.2f} s: {cause}"
+            )
+        case Renewed():
+            logger.info(f"{event.resource} renewed in {event.seconds:.3f} s")
+        case RenewalFailed():
+            logger.error(f"{event.resource} was not renewed, and stays: {summary(event.error)}")
+        case HeldTooLong():
+            logger.error(
+                f"{event.resource}: renewed {event.seconds:.3g} s ago, and closed now although "
+                f"requests that began before go on: {', '.join(event.holders)}"
+            )
         case OpenFailed(error=None):
             logger.info(f"{event.resource} cancelled after {event.seconds:.3f} s")
         case OpenFailed(error=BaseException() as error):

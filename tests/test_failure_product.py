@@ -2,14 +2,15 @@
 
 {open, check, close, wait_closed, terminate} x {fine, raises, hangs, raises BaseException, cancelled
 once, cancelled many times, outer scope cancelled} x {first, middle, last, all of a chain}, each time
-against the whole event log that a page of model code predicts. In virtual time, so that hangs cost
-nothing and a busy machine changes nothing.
+against the whole event log that a page of model code predicts; and the same of a renewal, and of what
+is not required. In virtual time, so that hangs cost nothing and a busy machine changes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -116,17 +117,20 @@ class Part:
         await self.world.act(self.name, "terminate")
 
 
-def chain(world: World) -> Registry:
-    """Declare first <- middle <- last."""
+def chain(world: World, *later: World, required: bool = True) -> Registry:
+    """Declare first <- middle <- last; its later attempts, if any, are those of *later*."""
     registry = Registry(on_event=world.hear)
     before: tuple[Any, ...] = ()
     for name in NAMES:
+        attempts = iter((world, *later))
 
-        async def make(*_: Part, name: str = name) -> Part:
-            await world.act(name, "open")
-            return Part(world, name)
+        async def make(*_: Part, name: str = name, attempts: Iterator[World] = attempts) -> Part:
+            attempt = next(attempts)
+            await attempt.act(name, "open")
+            return Part(attempt, name)
 
-        before = (registry.resource(*before, name=name, check="check")(make),)
+        declare = registry.resource(*before, name=name, check="check", required=required)
+        before = (declare(make),)
     return registry
 
 
@@ -278,3 +282,104 @@ def leaves(error: object) -> Iterator[BaseException]:
         for inner in cast("ExceptionGroup[Exception]", error).exceptions:
             nested = list(leaves(cast("object", inner)))
             yield from nested or [inner]
+
+
+# -- what changes while it runs ----------------------------------------------------------------------
+
+within = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+badly = pytest.mark.parametrize("mode", ["fine", "raises", "hangs"])
+
+
+def fine_and_bad(phase: str, mode: str, place: str) -> tuple[World, World]:
+    """Return two that tell one story, of which the second misbehaves."""
+    bad = World(phase, mode, PLACES[place])
+    return World(phase, "fine", (), bad.calls, bad.log), bad
+
+
+def opened_all() -> Iterator[tuple[Any, ...]]:
+    """Yield how all open."""
+    for name in NAMES:
+        yield from (("Opening", name), ("Opened", name))
+
+
+def closed_all(names: Iterable[str] = NAMES) -> Iterator[tuple[Any, ...]]:
+    """Yield how these close, in order."""
+    for name in reversed([*names]):
+        yield from (("Closing", name), ("Closed", name, True))
+
+
+def renewed(world: World) -> Iterator[tuple[Any, ...]]:
+    """Yield what a renewal adds to the log: of the new ones that fail to open, else of the old ones."""
+    culprit = next(name for name in NAMES if name in world.bad)
+    if world.phase not in STARTS or world.mode == "fine":
+        yield from (*opened_all(), ("Renewed", "first"))
+        for name in reversed(NAMES):
+            yield ("Closing", name)
+            yield from predicted_failures(world, name)
+        return
+    opened = NAMES[: NAMES.index(culprit)]
+    for name in opened:
+        yield from (("Opening", name), ("Opened", name))
+    yield from (("Opening", culprit), ("OpenFailed", culprit, raised_by(world.mode)))
+    if world.phase == "check":
+        yield from closed_all([culprit])
+    yield from (*closed_all(opened), ("RenewalFailed", "first"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@badly
+@pytest.mark.parametrize("phase", PHASES)
+@within
+def test_the_whole_story_of_a_renewal_is_as_predicted(
+    backend: str, phase: str, mode: str, place: str
+) -> None:
+    async def main() -> None:
+        fine, bad = fine_and_bad(phase, mode, place)
+        attempts = (fine, bad) if phase in STARTS else (bad, fine)
+        before = tasks_alive()
+        registry = chain(*attempts)
+        async with registry.lifespan() as lifespan:
+            with suppress(StartupError):
+                await lifespan.renew(registry.plan().resources[0])
+            await anyio.sleep(100)
+        assert bad.log == [
+            *(*opened_all(), ("Started",), *renewed(bad)),
+            *(("Stopping",), *closed_all(), ("Stopped",)),
+        ]
+        assert tasks_alive() == before
+
+    virtual_time.run(main, backend)
+
+
+def arrived(world: World) -> Iterator[tuple[Any, ...]]:
+    """Yield how all open that are not required, each of the bad at its second attempt."""
+    started = False
+    for name in NAMES:
+        if name in world.bad and world.mode != "fine":
+            yield from (("Opening", name), ("Unavailable", name))
+            if not started:
+                yield ("Started",)
+            started = True
+            if world.phase == "check":
+                yield from closed_all([name])
+        yield from (("Opening", name), ("Opened", name))
+    if not started:
+        yield ("Started",)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@badly
+@pytest.mark.parametrize("phase", STARTS)
+@within
+def test_the_whole_story_of_what_is_not_required_is_as_predicted(
+    backend: str, phase: str, mode: str, place: str
+) -> None:
+    async def main() -> None:
+        fine, bad = fine_and_bad(phase, mode, place)
+        before = tasks_alive()
+        async with chain(bad, fine, required=False).lifespan():
+            await anyio.sleep(200)
+        assert bad.log == [*arrived(bad), ("Stopping",), *closed_all(), ("Stopped",)]
+        assert tasks_alive() == before
+
+    virtual_time.run(main, backend)

@@ -60,6 +60,8 @@ RUN_BY_A_TEST = {
     "test_checkout",
     "library",
     "test_library",
+    "optional",
+    "test_optional",
     "outbox",
     "test_outbox",
     "pages",
@@ -257,6 +259,7 @@ async def test_a_rehearsal_opens_no_queue(servers: None, monkeypatch: pytest.Mon
 SUITES = {
     "checkout": ["test_checkout.py"],
     "library": ["test_library.py"],
+    "optional": ["test_optional.py"],
     "outbox": ["test_outbox.py"],
     "adopt_after": [f"test_fixtures_{each}.py" for each in ("before", "between", "after")],
 }

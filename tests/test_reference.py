@@ -42,6 +42,7 @@ INNER = {
     *("lifekit.Stopping.set", "lifekit.CrashError.derive"),
     *(f"lifekit.Worker.{name}" for name in ("factory", "needs", "after", "options", "registry")),
     *(f"lifekit.Worker.{name}" for name in ("get", "name", "location", "rules")),  # of a Resource
+    *(f"lifekit.Lifespan.{name}" for name in ("busy", "changed", "next_generation")),
     *("lifekit.Lifespan.variables", "lifekit.Lifespan.location"),
     *("lifekit.StartupError.derive", "lifekit.ShutdownError.derive"),  # ExceptionGroup's
     "lifekit.events.log",

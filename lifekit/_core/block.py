@@ -219,7 +219,9 @@ class Block:
         left = [each for each in self.lifespan.patches if each not in self._patches]
         try:
             if left:
-                await self.lifespan.undo(left[0])
+                from .patching import undo  # here, for production never needs it
+
+                await undo(self.lifespan, left[0])
         finally:
             failures = await self._end_work()
             self.over = True  # until then workers may end what they are at
@@ -228,7 +230,6 @@ class Block:
             except Exception as failure:
                 failures.append(failure)
             if self._around is not None and self._around.works and not self._around._is_leaving:
-                self.lifespan.block = self._around
                 await self._around._begin_work()
             self._raise(failures)
         if left:

@@ -9,7 +9,8 @@ owner, who sleeps until the next deadline or a part of the way to it, wakes too 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import count
 from math import inf
 
 from lifekit._util.loops import clock
@@ -30,17 +31,13 @@ class Deadlines:
     *ring* wakes the owner; *blocked* hears of a resource that blocked for a time worth saying.
     """
 
-    def __init__(
-        self,
-        nodes: Sequence[Node],
-        ring: Callable[[], None],
-        blocked: Callable[[Node, float], None],
-    ) -> None:
+    def __init__(self, ring: Callable[[], None], blocked: Callable[[Node, float], None]) -> None:
         self.now = clock()
         self.lost = 0.0
         """Seconds for which something blocked the event loop, whoever it was."""
-        self._nodes, self._ring, self._blocked = nodes, ring, blocked
-        self._alarms: list[tuple[float, int]] = []
+        self._ring, self._blocked = ring, blocked
+        self._alarms: list[tuple[float, int, int, Node]] = []  # in declaration order, then as they came
+        self._count = count()
         self._next_alarm = -inf
         self._wakes_at = inf  # the owner, at the latest
         self._step_began = 0.0  # that of the resource whose task runs now
@@ -58,7 +55,7 @@ class Deadlines:
         node.alarm = when
         node.lost = self.lost - node.blocked
         if when < inf:
-            heapq.heappush(self._alarms, (when, node.index))
+            heapq.heappush(self._alarms, (when, node.index, next(self._count), node))
             if when < self._next_alarm:
                 self._ring()
 
@@ -70,8 +67,9 @@ class Deadlines:
         return node.alarm
 
     def clear(self) -> None:
-        """Forget all alarms."""
-        self._alarms.clear()
+        """Forget the alarms that hold no more."""
+        self._alarms = [alarm for alarm in self._alarms if alarm[-1].alarm == alarm[0]]
+        heapq.heapify(self._alarms)
 
     # -- the owner's ----------------------------------------------------------------------------
 
@@ -93,14 +91,14 @@ class Deadlines:
     def overdue(self) -> Iterator[Node]:
         """Return those whose time is up now, unless their alarm changes before they are asked for."""
         now = self.now()
-        rung: list[tuple[float, int]] = []
+        rung: list[tuple[float, Node]] = []
         while self._alarms and self._alarms[0][0] <= now:
-            rung.append(heapq.heappop(self._alarms))
+            when, *_, node = heapq.heappop(self._alarms)
+            rung.append((when, node))
         return self._still_overdue(rung, now)
 
-    def _still_overdue(self, rung: list[tuple[float, int]], now: float) -> Iterator[Node]:
-        for when, index in rung:
-            node = self._nodes[index]
+    def _still_overdue(self, rung: list[tuple[float, Node]], now: float) -> Iterator[Node]:
+        for when, node in rung:
             if node.alarm == when and self.due(node) <= now:
                 yield node
 

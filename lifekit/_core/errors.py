@@ -7,6 +7,7 @@ LifekitError
 ├── StartupError                 what failed to open (an ExceptionGroup)
 ├── ShutdownError                what failed to close (an ExceptionGroup)
 ├── CrashError                   what died while the application ran (an ExceptionGroup)
+├── UnavailableError             what is not required is not open now
 ├── DeadlineError                one phase of one resource ran out of time (a TimeoutError)
 ├── OverrideError                an override that can't hold
 └── SandboxError
@@ -25,6 +26,8 @@ from typing import Any, Literal, Self, cast
 from lifekit._util.redact import redact
 
 Phase = Literal["open", "check", "run", "close", "wait_closed", "terminate"]
+Failure = tuple[str, str, Exception]
+"""A resource's name, its code line, what it failed with."""
 
 
 class LifekitError(Exception):
@@ -160,9 +163,14 @@ class StartupError(_FailureGroup):
         cut_off: Sequence[str] = (),
         not_begun: Sequence[str] = (),
         rollback: ShutdownError | None = None,
+        renewing: str = "",
     ) -> Self:
         """Build it from (name, code line, error) of each failure."""
-        lines = [f"{lifespan} did not start: {_listed(name for name, _, _ in failures)} failed"]
+        names = _listed(dict.fromkeys(name for name, _, _ in failures)) if failures else "nothing"
+        what = f"{lifespan} did not start"
+        if renewing:
+            what = f"{renewing} of {lifespan} was not renewed, and the old one stays"
+        lines = [f"{what}: {names} failed"]
         lines += [_line(*failure) for failure in failures]
         if opened:
             lines.append(f"  opened, and closed again: {', '.join(opened)}")
@@ -226,6 +234,26 @@ class CrashError(_FailureGroup):
         group.failures = tuple((name, error) for name, _, error in failures)
         group.shutdown = shutdown
         return group
+
+
+class UnavailableError(LifekitError):
+    """A resource that is not required is not open now, and is tried again.
+
+    Starlette and FastAPI answer a request that it ends with 503 and Retry-After, unless the application
+    has a handler for it.
+
+    Attributes: ``resource``, the name of what was asked for; ``error``, what the last attempt to open
+    it, or what it needs, failed with; ``retry_after``, the seconds until the next one.
+    """
+
+    def __init__(self, message: str, *, resource: str, error: Exception, retry_after: float) -> None:
+        super().__init__(message)
+        self.resource = resource
+        self.error = error
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_anew, (UnavailableError, self.args, self.__dict__)
 
 
 class OverrideError(LifekitError):

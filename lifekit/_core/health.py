@@ -83,14 +83,21 @@ class Checks:
         for name, node in _nodes(lifespan._layers()).items():  # pyright: ignore[reportPrivateUsage]
             if (state := _without_check(node)) is not None:
                 found[name] = state
+        optional = self._optional()
         checked = not any(
-            each.state == "failing" and name not in self._workers() for name, each in found.items()
+            each.state == "failing" and name not in optional for name, each in found.items()
         )
         ready = is_open and checked and not (lifespan.stopping.is_set() or lifespan.has_crashed)
         return Health(ready, engine is not None and not engine.finished.is_set(), found)
 
-    def _workers(self) -> set[str]:
-        return {worker.name for layer in self._lifespan._layers() for worker in layer.crew}  # pyright: ignore[reportPrivateUsage]
+    def _optional(self) -> set[str]:
+        # Workers as well: one that is run again after a failure is at work.
+        return {
+            node.resource.name
+            for layer in self._lifespan._layers()  # pyright: ignore[reportPrivateUsage]
+            for node in layer.nodes
+            if node.worker is not None or not node.resource.options.required
+        }
 
     async def _check_all(self) -> None:
         self._under_way = anyio.Event()
@@ -182,6 +189,10 @@ def _without_check(node: Node | None) -> ResourceHealth | None:
     """Return how it is, None where only a check can tell."""
     if node is None:
         return ResourceHealth("ok")
+    absent = next((each for each in (node, *node.parents) if each.away), None)
+    if absent is not None and node.state in (State.WAITING, State.OPENING):
+        error = absent.last_error
+        return ResourceHealth("unavailable", message=summary(error) if error is not None else "")
     if node.worker is not None:
         return _of_worker(node.worker)
     if node.crashed:

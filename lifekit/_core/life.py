@@ -120,8 +120,8 @@ class Life:
     async def _try_to_open(self) -> None:
         self.node.phase, self.node.live = "open", Live(self.node.declaration)
         try:
-            needs = [self.owner.values[need] for need in self.node.declaration.needs]
-            others = self.owner.values.values()
+            needs = [self.node.values[need] for need in self.node.declaration.needs]
+            others = self.node.values.values()
             await self.node.live.open(needs, others, self.owner.gateway)
             if (block := self.owner.block()) is not None and self.node.live.sandbox is not None:
                 await block.begin(self.node.resource.name, self.node.live.sandbox)
@@ -224,7 +224,7 @@ class Life:
 
     def _redacted(self, error: BaseException) -> BaseException:
         return redact_error(
-            error, self.node.live, *map(self.owner.values.get, self.node.declaration.needs)
+            error, self.node.live, *map(self.node.values.get, self.node.declaration.needs)
         )
 
     def _reason(self, error: BaseException | None, *, cancelled: bool) -> BaseException | None:
@@ -242,19 +242,6 @@ class Life:
             )
             real.__cause__ = self._redacted(error)
         return real
-
-
-async def terminate(owner: Engine, node: Node, call: Call) -> None:
-    """Cut off what was left behind, in another task than its own."""
-    sheltered.set(True)
-    try:
-        with CancelScope(shield=True, deadline=owner.now() + LAST_CALL):
-            await settle(call())
-    except GeneratorExit:
-        raise
-    except BaseException as error:
-        owner.report(node, owner.close_failed, ("terminate", redact_error(error, node.live)))
-    owner.report(node, owner.ended, None)
 
 
 def _is_a_deadline(error: BaseException, live: Live) -> bool:

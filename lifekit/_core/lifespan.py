@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from contextvars import Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
@@ -16,11 +16,11 @@ from lifekit._util.loops import call_soon, running_loop, sit_out
 from lifekit._util.redact import redact
 
 from .block import Block, Sandboxing, sandboxing, workers_wanted
-from .errors import CrashError, LifekitError, NotOpenError, OverrideError, ShutdownError, StartupError
+from .errors import LifekitError, NotOpenError, OverrideError
+from .generations import Generation
 from .leaving import Ending
 from .overrides import (
     MISSING,
-    Override,
     Overrides,
     given,
     make_override,
@@ -29,7 +29,7 @@ from .overrides import (
     overrides,
     refuse_useless,
 )
-from .plan import Plan, dependents
+from .plan import Plan
 from .resource import Resource
 from .running import Start, current, everywhere, why_not_open, wrong_loop
 from .signals import forget, listen
@@ -79,6 +79,10 @@ class Lifespan(Mapping[str, Any]):
         self._gateway: Isolation | None = None
         self.block: Block | None = None
         self.patches: tuple[Lifespan, ...] = ()
+        self.overriding: list[str] = []  # where, also while an override is built
+        self.generation = Generation()  # of the requests that begin now
+        self.renewed: dict[str, Any] = {}  # values that servers do not have in their state
+        self.missing: set[str] = set()  # names of what is not required and not there
         self.variables: Variables = ()  # which factories set, for requests to have as well
         self._variables: Variables = ()  # the same, unless overridden
         self._root = root or self
@@ -92,6 +96,7 @@ class Lifespan(Mapping[str, Any]):
         self._sandboxes: list[tuple[str, Sandbox]] | None = None
         self._own: dict[Resource[Any], Any] = {}  # the engine's, which is `live` too unless overridden
         self._overrides: Overrides = {}
+        self._absent: set[Resource[Any]] = set()  # in the lifespan that this one overrides
         self._base = self._plan = plan
         self._names = {resource.name: resource for resource in plan.resources}
         self._registries = {registry, *(resource.registry for resource in plan.resources)}
@@ -117,6 +122,7 @@ class Lifespan(Mapping[str, Any]):
 
         Raises:
             NotOpenError: It is not open: not yet, or no longer, or it belongs to another registry.
+            UnavailableError: It is not required, and is not open now.
             WrongLoopError: The lifespan runs in another event loop.
             OverrideError: An override around this code came too late for this lifespan.
             KeyError: No resource has that name.
@@ -131,7 +137,13 @@ class Lifespan(Mapping[str, Any]):
         try:
             return self.live[key]
         except KeyError:
-            raise NotOpenError(why_not_open(self, key), resource=key.name) from None
+            raise self._why_missing(key) from None
+
+    def _why_missing(self, key: Resource[Any]) -> LifekitError:
+        layers = self._root._layers() if self.declares(key) else []
+        reasons = [layer.absences.why(key) for layer in reversed(layers) if not layer.stop_asked]
+        found = next(filter(None, reasons), None)
+        return found or NotOpenError(why_not_open(self, key), resource=key.name)
 
     def holders(self, key: Resource[Any] | str) -> tuple[str, ...]:
         """Return who now holds parts of a live value, as of a pool its connections.
@@ -152,14 +164,15 @@ class Lifespan(Mapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over what requests find in their state: names, and a key for each registry."""
-        yield from self._names
+        yield from (name for name in self._names if name not in self.missing)
         yield from self._lifespans()
 
     def __len__(self) -> int:
-        return len(self._names) + len(self._lifespans())
+        return sum(1 for _ in self)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.live or key in self._names or key in self._lifespans()
+        named = key in self._names and key not in self.missing
+        return key in self.live or named or key in self._lifespans()
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -211,6 +224,7 @@ class Lifespan(Mapping[str, Any]):
             variables=self._root._variables,
             gateway=self._root._gateway,
             block=lambda: self._root.block,
+            absent=self._absent,
             workers=self._root._may_work,
             on_crash=registry.on_crash,
             crashes=self.crashes,
@@ -238,7 +252,7 @@ class Lifespan(Mapping[str, Any]):
             raise LifekitError(f"{registry.name} was stopped while it started")
         # What factories set in their contexts holds in the body, as it does where no lifekit is.
         self._tokens = [variable.set(value) for variable, value in engine.variables]
-        self.variables = self._variables = (*self._root._variables, *engine.variables)
+        self._look_at(engine)
         if self._root is self:
             self._ending.begin(entering)
         return self
@@ -272,7 +286,9 @@ class Lifespan(Mapping[str, Any]):
         came = await self._ending.leave(error)
         try:
             if self.patches:
-                await self.undo(self.patches[0])
+                from .patching import undo
+
+                await undo(self, self.patches[0])
         finally:
             self._engine.stop()
             await self._after(self._engine, came if not isinstance(came, Exception) else None)
@@ -293,7 +309,7 @@ class Lifespan(Mapping[str, Any]):
         self._tokens = []
         if engine.interrupts:
             interrupt = engine.interrupts[0]
-        failure = self._failure(engine)
+        failure = engine.failure(self.crashes if self._root is self else [])
         if interrupt is not None:
             # Delivered as it is, since whoever sent it looks for it; the failures are its context.
             try:
@@ -304,22 +320,6 @@ class Lifespan(Mapping[str, Any]):
             raise interrupt
         if failure is not None:
             raise failure
-
-    def _failure(self, engine: Engine) -> StartupError | ShutdownError | CrashError | None:
-        name = self.registry.name
-        shutdown = ShutdownError.of(name, engine.close_failures) if engine.close_failures else None
-        if not engine.open_failures:
-            if self.crashes and self._root is self:
-                return CrashError.of(name, self.crashes, shutdown)
-            return shutdown
-        return StartupError.of(
-            name,
-            engine.open_failures,
-            opened=engine.opened(),
-            cut_off=engine.cut_off,
-            not_begun=engine.not_begun(),
-            rollback=shutdown,
-        )
 
     # -- being told to end --------------------------------------------------------------------
 
@@ -387,6 +387,55 @@ class Lifespan(Mapping[str, Any]):
         self.stopping.mark()
         with suppress(RuntimeError):  # the loop was closed
             self._soon(self.stopping.set)
+
+    # -- what changes while it runs -------------------------------------------------------------
+
+    async def renew(self, resource: Resource[Any]) -> None:
+        """Build *resource*, and what is built from it, anew, and close the old values.
+
+        When all of the new ones are open, they serve: what asks from then on gets them, and workers
+        built from the old ones end and are run again. The old ones close when the requests that began
+        before are over, after `grace` seconds at the latest. Renewals come one after the other.
+
+        Args:
+            resource: The handle.
+
+        Raises:
+            StartupError: A new one did not open. The others are closed again, and the old ones stay.
+            NotOpenError: The lifespan does not run, or does not know it.
+            UnavailableError: It is not required, and not open: it is tried again anyway.
+            WrongLoopError: The lifespan runs in another event loop.
+            OverrideError: An override of the lifespan is in use.
+            SandboxUnsupportedError: It is in a block, which the new values would outlive.
+            LifekitError: It is a worker, or a value that an override gave; or the stop has begun.
+        """
+        from .renewals import renew
+
+        self._refuse_another_loop(resource.name)
+        await renew(resource, self._root, self._root._started_engine())
+
+    def busy(self) -> str:
+        """Return what is in use in which a test would expect no change; nothing outside of tests."""
+        root = self._root
+        if root.block is not None:
+            return f"the sandbox at {root.block.location}"
+        return f"the override made at {root.overriding[-1]}" if root.overriding else ""
+
+    def changed(self, resources: Iterable[Resource[Any]]) -> None:
+        """Let requests that begin now have the new values of these; called by the engine."""
+        self.renewed.update((each.name, self._own[each]) for each in resources)
+        self._sandboxes = None
+        if self._engine is not None:
+            self._look_at(self._engine)
+
+    def _look_at(self, engine: Engine) -> None:
+        self.variables = self._variables = (*self._root._variables, *engine.variables)
+        self.missing = {each.name for each in self._plan.resources if each not in self._own}
+
+    def next_generation(self, released: Callable[[], object]) -> Generation | None:
+        """Begin a new one; return the last one where requests under way began in it, or before."""
+        last, self.generation = self.generation, self.generation.next(released)
+        return last if last.is_held else None
 
     # -- test mode ----------------------------------------------------------------------------
 
@@ -464,87 +513,9 @@ class Lifespan(Mapping[str, Any]):
         for each in (made.resource, *made.declaration.needs):
             if not self.declares(each):
                 raise OverrideError(f"{made.location}: {why_not_open(self, each)}")
-        return self._patch(made)
+        from .patching import patch  # here, for production never needs it
 
-    @asynccontextmanager
-    async def _patch(self, override: Override) -> AsyncGenerator[Lifespan]:
-        root = self._root
-        if root._engine is None or root._engine.stopping or not root._engine.ready.is_set():
-            raise OverrideError(
-                f"{override.location}: the lifespan made at {root.location} does not run. Enter it "
-                "first; registry.override(…) is for lifespans that are opened later."
-            )
-        top = (root, *root.patches)[-1]
-        patched = Lifespan(self.registry, top._plan, override.location, root=root)
-        patched.sandboxed, patched.postgres = root.sandboxed, root.postgres
-        patched._overrides = {**top._overrides, override.resource: override}
-        patched._plan = overridden(root._base, patched._overrides)
-        rebuilt = dependents(patched._plan, override.resource)
-        patched._own.update((each, top._own[each]) for each in top._own if each not in rebuilt)
-        patched._own.update(given({override.resource: override}))
-        from .resting import acting_in, suspend  # here, for production never needs it
-
-        patched._rests = acting_in(root._layers(), rebuilt)
-        try:
-            if (interrupt := await suspend(patched._rests)) is not None:
-                raise interrupt
-            async with patched:
-                if (root, *root.patches)[-1] is not top:
-                    raise OverrideError(
-                        f"{override.location}: another override of this lifespan began while this "
-                        "one was built, and the two would not know of each other. Begin one after the "
-                        "other."
-                    )
-                root._serve((*root.patches, patched))
-                try:
-                    yield patched
-                finally:
-                    inner = root.patches[-1:] != (patched,) and patched in root.patches
-                    await root.undo(patched)
-        finally:
-            await root._end_rest(patched)
-        if inner:
-            raise OverrideError(
-                f"the override made at {override.location} ended while one inside it was in use, which "
-                "ended with it. Overrides of one lifespan end in reverse."
-            )
-
-    def _serve(self, patches: tuple[Lifespan, ...]) -> None:
-        self.patches = patches
-        served = (self, *patches)
-        for each in served:
-            each.live = served[-1]._own
-            each.variables = served[-1]._variables
-
-    async def undo(self, patched: Lifespan) -> None:
-        """End an override of this lifespan, and those inside it."""
-        if patched not in self.patches:
-            return
-        at = self.patches.index(patched)
-        leaving, failures = self.patches[at:], list[BaseException]()
-        self._serve(self.patches[:at])
-        for each in reversed(leaving):
-            each.live = each._own
-            try:
-                await each.__aexit__(None, None, None)
-            except BaseException as error:
-                failures.append(error)
-            try:
-                await self._end_rest(each)
-            except BaseException as error:
-                failures.append(error)
-        for failure in failures:
-            if not isinstance(failure, Exception):
-                raise failure
-        if failures:
-            raise failures[0]
-
-    async def _end_rest(self, patched: Lifespan) -> None:
-        rests, patched._rests = patched._rests, {}
-        if rests:
-            from .resting import resume  # which it lets rest
-
-            await resume(rests, self._layers())
+        return patch(self._root, made)
 
     def _read_context(self) -> None:
         self.works = workers_wanted.get()

@@ -2,15 +2,19 @@
 
 A resource goes WAITING, OPENING, OPEN, CLOSING, ENDED. One that fails goes from OPENING straight to
 CLOSING, and what never begins stays WAITING. A worker goes from WAITING straight to OPEN.
+
+A node does that once. What is tried again, or renewed, has another one, which stands on what is open
+then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from contextvars import Context, ContextVar
 from enum import Enum, auto
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import CancelScope
@@ -20,6 +24,9 @@ from .resource import Resource
 from .stopping import Stopping
 from .value import Live
 from .worker import Worker, WorkerStatus
+
+if TYPE_CHECKING:
+    from .renewals import Renewal  # which it may be a part of
 
 
 class State(Enum):
@@ -61,8 +68,10 @@ class Node:
         "alarm",
         "armed_for",
         "asked",
+        "away",
         "blocked",
         "blocked_before",
+        "children",
         "clean",
         "close_began",
         "closed_at",
@@ -82,14 +91,17 @@ class Node:
         "notice",
         "open_began",
         "opened_at",
+        "parents",
         "pending",
         "phase",
+        "renewal",
         "resource",
         "rests",
         "scope",
         "state",
         "task",
         "told",
+        "values",
         "variables",
         "wake",
         "worker",
@@ -104,13 +116,16 @@ class Node:
     notice: Stopping
     """A worker's."""
 
-    def __init__(
-        self, resource: Resource[Any], declaration: Resource[Any], index: int, pending: int
-    ) -> None:
+    values: dict[Resource[Any], Any]
+    """Where it finds what it is built from, and where its own value becomes visible."""
+
+    def __init__(self, resource: Resource[Any], declaration: Resource[Any], index: int) -> None:
         self.resource = resource
         self.declaration = declaration  # its own, or the one that overrides it
         self.index = index
-        self.pending = pending  # parents not yet open; once stopping, children not yet ended
+        self.parents: tuple[Node, ...] = ()
+        self.children: dict[Node, None] = {}  # in order, those that may run
+        self.pending = 0  # parents not yet open; once it is to close, children not yet ended
         self.state = State.WAITING
         self.coroutine: Any = None
         self.phase: Phase = "open"
@@ -127,6 +142,8 @@ class Node:
         self.told = False  # at the end of a block
         self.drains = False  # a worker that may still end by itself
         self.rests = False  # it closes, or has closed, though the run goes on
+        self.away = False  # the start went on without it
+        self.renewal: Renewal | None = None  # which it is a part of, until its value serves
         self.worker = WorkerStatus(resource.name) if isinstance(resource, Worker) else None
         self.clean = True
         self.left = False  # behind, by the owner
@@ -136,3 +153,23 @@ class Node:
         self.opened_at: float | None = None  # or when the opening failed
         self.close_began: float | None = None
         self.closed_at: float | None = None
+
+    def stand_on(self, parents: Iterable[Node], values: dict[Resource[Any], Any]) -> None:
+        """Let it be built from *parents*, and its value be one of *values*."""
+        self.parents, self.values = tuple(parents), values
+        self.pending = self.unopened_parents()
+        for parent in self.parents:
+            parent.children[self] = None
+
+    def hand_over(self, new: Node) -> None:
+        """Let those of its children that stay stand on *new*, which is to close after them."""
+        for child in [each for each in self.children if not each.rests]:
+            del self.children[child]
+            new.children[child] = None
+            child.parents = tuple(new if each is self else each for each in child.parents)
+            if child.state is State.WAITING:
+                child.pending = child.unopened_parents()
+
+    def unopened_parents(self) -> int:
+        """Return how many must open before it may."""
+        return sum(parent.resource not in self.values for parent in self.parents)

@@ -39,11 +39,17 @@ class Declaration(TypedDict, total=False):
     """Waits until it is closed."""
     terminate: Step | None
     """Cuts the value off when its closing fails or takes too long."""
+    required: bool
+    """False lets the start go on without it; it is tried again until it opens."""
+    renew_every: float | None
+    """Seconds after which it, and what is built from it, is built anew; the old one is closed then."""
     sandbox: bool
     """False leaves the value alone in test mode: what tests do to it may last."""
 
 
 SECONDS = "seconds, 0 or more; math.inf is no limit"
+_PERIOD = "seconds, more than 0"
+_REQUIRED = "False, where the application serves without it as well, or True"
 _SANDBOX = "False, where what tests do to the value may last, or True"
 _STEP = "a method's name, or a function of the value"
 _TRANSIENT = "exception types, or a function of the error that is not async"
@@ -65,6 +71,8 @@ def refuse_bad_options(options: Declaration) -> None:
     given = {option: value for option, value in options.items() if value is not None}
     for option, value in given.items():
         match option:
+            case "renew_every":
+                refuse_unless(is_seconds(value) and value != 0, option, value, _PERIOD)
             case "start_timeout" | "close_timeout":
                 refuse_unless(is_seconds(value), option, value, SECONDS)
             case "retry":
@@ -74,6 +82,8 @@ def refuse_bad_options(options: Declaration) -> None:
                 refuse_unless(_tells_transient(value), option, value, _TRANSIENT)
             case "name":
                 refuse_unless(isinstance(value, str), option, value, "a name")
+            case "required":
+                refuse_unless(isinstance(value, bool), option, value, _REQUIRED)
             case "sandbox":
                 refuse_unless(isinstance(value, bool), option, value, _SANDBOX)
             case "check" | "close" | "wait_closed" | "terminate":

@@ -79,8 +79,9 @@ def make_override(resource: Resource[Any], value: Any, factory: Callable[..., An
     if isinstance(value, Resource):
         other: Resource[Any] = value  # pyright: ignore[reportUnknownVariableType]
         _refuse_another_type(here, resource, other)
+        options = Options(required=resource.options.required)
         made = replace(
-            resource, factory=_passed_on, needs=(other,), after=(), options=Options(), location=here
+            resource, factory=_passed_on, needs=(other,), after=(), options=options, location=here
         )
         return Override(resource, made, here)
     if factory is None:
@@ -148,6 +149,7 @@ def _declared(here: str, resource: Resource[Any], factory: Callable[..., Any]) -
                 options=Options(
                     start_timeout=resource.options.start_timeout,
                     close_timeout=resource.options.close_timeout,
+                    required=resource.options.required,
                 ),
                 location=definition(factory),
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import DeclarationError
 from .resource import Resource
+from .worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def plan(
         wanted = dict.fromkeys(resource.needs + resource.after)
         _refuse_foreign(registry, resource, [each for each in wanted if each not in position])
         parents.append(tuple(position[each] for each in wanted))
+        _refuse_optional(resource, wanted)
         for parent in parents[index]:
             children[parent].append(index)
     _refuse_cycles(ordered, parents)
@@ -88,6 +90,17 @@ def _refuse_foreign(registry: str, resource: Resource[Any], foreign: list[Resour
             f"belongs to the registry {other.registry.name!r}, not to {registry!r}. "
             "Include that registry: registry.include(other_registry)."
         )
+
+
+def _refuse_optional(resource: Resource[Any], wanted: Iterable[Resource[Any]]) -> None:
+    for other in wanted:
+        # Workers, which are no resources, wait for it.
+        if resource.options.required and not (other.options.required or isinstance(resource, Worker)):
+            raise DeclarationError(
+                f"{resource.name} ({resource.location}) is required, and needs {other.name} "
+                f"({other.location}), which is not: the start would wait for it. Declare both "
+                f"with required=False, or {other.name} without."
+            )
 
 
 def _refuse_cycles(ordered: tuple[Resource[Any], ...], parents: list[tuple[int, ...]]) -> None:

@@ -322,6 +322,8 @@ class Registry(Workers):
                 close=options.get("close"),
                 wait_closed=options.get("wait_closed"),
                 terminate=options.get("terminate"),
+                required=options.get("required") is not False,
+                renew_every=options.get("renew_every"),
                 sandbox=options.get("sandbox") is not False,
             ),
             registry=self,

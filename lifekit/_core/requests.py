@@ -43,6 +43,18 @@ def bind_requests(app: Any, lifespan: Lifespan) -> None:
         _surround(app, lifespan.registry.key)
 
 
+class _Incomplete(dict[str, Any]):
+    # A request's state in which something is missing, for `request.state.name` to say why.
+    def __init__(self, state: dict[str, Any], lifespan: Lifespan) -> None:
+        super().__init__(state)
+        self._lifespan = lifespan
+
+    def __missing__(self, name: str) -> Any:
+        if name in self._lifespan.missing:
+            return self._lifespan[name]
+        raise KeyError(name)
+
+
 _surrounding = Lock()
 
 
@@ -105,6 +117,10 @@ def with_request_context(kind: type[Any]) -> type[Any]:
                         variables += lifespan.variables
                     if lifespan.patches:  # the server copied the state when the lifespan began
                         state.update(lifespan)
+                    elif lifespan.renewed:
+                        state.update(lifespan.renewed)
+                    if lifespan.missing:
+                        scope["state"] = state = _Incomplete(state, lifespan)
         if not lifespans:
             await kind.__call__(self, scope, receive, send)
             return
@@ -113,9 +129,14 @@ def with_request_context(kind: type[Any]) -> type[Any]:
                 refuse_useless(each)
         token = current.set(lifespans + current.get())
         tokens = [variable.set(value) for variable, value in variables] if variables else None
+        generations = [each.generation for each in lifespans]
+        for generation in generations:
+            generation.begin(scope)
         try:
             await kind.__call__(self, scope, receive, send)
         finally:
+            for generation in generations:
+                generation.end(scope)
             current.reset(token)
             while tokens:
                 tokens[-1].var.reset(tokens.pop())

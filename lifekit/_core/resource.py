@@ -38,6 +38,8 @@ class Options:
     close: Step | None = None
     wait_closed: Step | None = None
     terminate: Step | None = None
+    required: bool = True
+    renew_every: float | None = None
     sandbox: bool = True
 
 

@@ -46,13 +46,13 @@ def acting_in(layers: Sequence[Engine], rebuilt: set[Resource[Any]]) -> Some:
     acting = {
         node.resource
         for layer in layers
-        for node in layer.own
+        for node in layer.nodes
         if node.resource in rebuilt and node.state is State.OPEN and _acts(node, contexts)
     }
     acting = dependents(layers[-1].plan, *acting)
     found: Some = {}
     for layer in reversed(layers):
-        running = {node.resource for node in layer.own if node.state in RUNNING}
+        running = {node.resource for node in layer.nodes if node.state in RUNNING}
         if mine := running & acting:
             found[layer] = mine
     return found
@@ -73,7 +73,7 @@ async def suspend(some: Some) -> BaseException | None:
     """
     interrupt: BaseException | None = None
     for layer, resources in some.items():
-        interrupt = await sit_out(layer.suspend(resources)) or interrupt
+        interrupt = await sit_out(layer.pauses.begin(resources)) or interrupt
     return interrupt
 
 
@@ -85,7 +85,7 @@ async def resume(some: Some, layers: Sequence[Engine]) -> None:
     """
     interrupt: BaseException | None = None
     for layer in reversed(some):
-        interrupt = await sit_out(layer.resume(some[layer])) or interrupt
+        interrupt = await sit_out(layer.pauses.end(some[layer])) or interrupt
         for inner in layers:
             if inner is not layer:
                 owned = {node.resource for node in inner.own}

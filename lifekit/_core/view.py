@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lifekit._util.call_sites import suspended_frames, waiting_at
 
 from .deadlines import BLOCKED, Deadlines
-from .errors import DeadlineError, LifekitError
+from .errors import CrashError, DeadlineError, Failure, LifekitError, ShutdownError, StartupError
 from .node import RUNNING, Node, State, Variables
 from .plan import Plan
 from .resource import Resource
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NOWHERE: tuple[str, ...] = ()
-Failure = tuple[str, str, Exception]
-"""A resource's name, its code line, what it failed with."""
 _NO_WORD = "{name}: a scope that it holds was cancelled while it was open, and nothing says why"
+Times = list[tuple[float | None, float | None]]
 
 
 class View:
@@ -37,6 +36,8 @@ class View:
     plan: Plan
     nodes: list[Node]
     own: list[Node]
+    crew: set[Resource[Any]]
+    absent: list[Node]
     values: dict[Resource[Any], Any]
     time: Deadlines
     now: Callable[[], float]
@@ -45,9 +46,14 @@ class View:
     grace: float
     on_crash: OnCrash
     stopping: bool
+    open_failures: list[Failure]
+    cut_off: list[str]
+    """What was opening still when something else failed."""
+    close_failures: list[Failure]
     began: float
     stop_began: float
     lost_before_stop: float
+    start_times: Times | None = None  # since others stand for its resources
 
     def interrupt(self, error: BaseException) -> None:
         """End the application, and deliver *error* then."""
@@ -55,8 +61,12 @@ class View:
 
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
-        times = [(node.open_began, node.opened_at) for node in self.nodes]
+        times = self.start_times or self.opening_times()
         return timeline(f"start of {self.name}", self._names, times, self.plan.parents, self.began)
+
+    def opening_times(self) -> Times:
+        """Return when each began to open, and when it was open."""
+        return [(node.open_began, node.opened_at) for node in self.nodes]
 
     def stop_timeline(self) -> Timeline:
         """Return how the stop went."""
@@ -65,6 +75,21 @@ class View:
         began = min([self.stop_began, *(begin for begin, _ in times if begin is not None)])
         title = f"stop of {self.name}"
         return timeline(title, self._names, times, self.plan.children, began, last_first=True)
+
+    def failure(self, crashes: list[Failure]) -> StartupError | ShutdownError | CrashError | None:
+        """Return the error that tells of all that failed."""
+        name = self.name
+        shutdown = ShutdownError.of(name, self.close_failures) if self.close_failures else None
+        if not self.open_failures:
+            return CrashError.of(name, crashes, shutdown) if crashes else shutdown
+        return StartupError.of(
+            name,
+            self.open_failures,
+            opened=self.opened(),
+            cut_off=self.cut_off,
+            not_begun=self.not_begun(),
+            rollback=shutdown,
+        )
 
     def opened(self) -> list[str]:
         """Return the names of what had opened."""
@@ -93,7 +118,7 @@ class View:
     @property
     def variables(self) -> Variables:
         """What factories set in their contexts, of those that set the same the last declared."""
-        return tuple(each for node in self.own for each in node.variables)
+        return tuple(each for node in self.nodes for each in node.variables)
 
     def deadline_error(self, node: Node, *, abandoned: bool = False) -> DeadlineError:
         """Return the error of a resource whose time is up, with where it stands."""
@@ -127,7 +152,7 @@ class View:
             return ""
         if node.live.driver is not None:
             return node.live.describe()
-        needs = [self.values.get(need) for need in node.declaration.needs]
+        needs = [node.values.get(need) for need in node.declaration.needs]
         return reached_in(suspended_frames(node.coroutine), needs)
 
     def start_seconds(self, node: Node) -> float:
@@ -165,12 +190,15 @@ class View:
         ]
         for node in died:
             node.told = True
-        return [self.no_word(node) for node in died if self.on_crash == "stop"]
+        return [
+            (node.resource.name, node.declaration.location, self.no_word(node))
+            for node in died
+            if self.on_crash == "stop"
+        ]
 
-    def no_word(self, node: Node) -> Failure:
-        """Return what is told of a resource that died of nobody knows what."""
-        name = node.resource.name
-        return name, node.declaration.location, LifekitError(_NO_WORD.format(name=name))
+    def no_word(self, node: Node) -> LifekitError:
+        """Return the error for what crashed, and does not say of what."""
+        return LifekitError(_NO_WORD.format(name=node.resource.name))
 
     def stands_at(self, node: Node) -> tuple[str, ...]:
         """Return the lines where its task stands, as far as they can be known."""

@@ -23,7 +23,7 @@ WorkerState = Literal["starting", "running", "waiting", "restarting", "stopping"
 """
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
-"""Seconds before a worker is run again: at first, and at most."""
+"""Seconds before a worker is run again, or an opening tried again: at first, and at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,15 @@ class Worker(Resource[WorkerStatus]):
         return f"<Worker {self.name!r} of {self.registry.name!r}, {self.location}>"
 
 
+def backoff(failures: int) -> float:
+    """Return the seconds until the next attempt after so many failures in a row.
+
+    Twice as long each time; anywhere in the upper half of that.
+    """
+    delay: float = min(FIRST_DELAY * 2 ** min(failures - 1, 20), LONGEST_DELAY)
+    return delay * random.uniform(0.5, 1.0)
+
+
 class Supervision:
     """What follows each end of a worker's runs, by its rules and by what happened before."""
 
@@ -86,8 +95,6 @@ class Supervision:
         return max(self._delay(ran_for), self._rules.every or 0.0)
 
     def _delay(self, ran_for: float) -> float:
-        # Twice as long each time, until a run has lasted; anywhere in its upper half.
         self._in_a_row = 0 if ran_for > self._rules.limit[1] else self._in_a_row
-        delay: float = min(FIRST_DELAY * 2 ** min(self._in_a_row, 20), LONGEST_DELAY)
         self._in_a_row += 1
-        return delay * random.uniform(0.5, 1.0)
+        return backoff(self._in_a_row)

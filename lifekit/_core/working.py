@@ -74,7 +74,7 @@ class Working(Life):
         # What it failed with, without a cancellation that lifekit asked for.
         declaration = self.node.declaration
         error: BaseException | None = None
-        needs = [self.owner.values[need] for need in declaration.needs]
+        needs = [self.node.values[need] for need in declaration.needs]
         try:
             with self.owner.scope():  # which can't be left while the run's own are open
                 try:

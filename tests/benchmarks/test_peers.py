@@ -21,9 +21,9 @@ from typing import Any
 import asyncpg
 import pytest
 import redis.asyncio as redis
-from lifekit.sandbox._postgres.hub import FIRST_NUMBER
 
 from lifekit import embedded
+from lifekit._sandbox.postgres.hub import FIRST_NUMBER
 
 from . import __main__ as command
 from . import contests, figures, page, peers, per_test, results, users

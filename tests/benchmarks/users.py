@@ -23,21 +23,24 @@ def application(lifespan: Lifespan, db: Any, cache: Any) -> tuple[FastAPI, Calla
     """Return the application, and its dependency that gives a connection; *db* and *cache* are two."""
     app = FastAPI(lifespan=lifespan)
 
-    async def connection(db: Annotated[aiopg.Pool, Depends(db)]) -> AsyncGenerator[aiopg.Connection]:
+    async def connection(db: Annotated[Any, Depends(db)]) -> AsyncGenerator[Any]:
         async with db.acquire() as acquired:
             yield acquired
 
-    Connection = Annotated[aiopg.Connection, Depends(connection)]
-    Cache = Annotated[redis.Redis, Depends(cache)]
-
     @app.post("/api/users", status_code=201)
-    async def create(name: str, connection: Connection, cache: Cache) -> None:
+    async def create(
+        name: str,
+        connection: Annotated[Any, Depends(connection)],
+        cache: Annotated[Any, Depends(cache)],
+    ) -> None:
         async with connection.cursor() as cursor:
             await cursor.execute("INSERT INTO notes (body) VALUES (%s)", [name])
         await cache.incr("users")
 
     @app.get("/api/users/last")
-    async def last(connection: Connection, cache: Cache) -> str:
+    async def last(
+        connection: Annotated[Any, Depends(connection)], cache: Annotated[Any, Depends(cache)]
+    ) -> str:
         assert await cache.get("users")
         async with connection.cursor() as cursor:
             await cursor.execute("SELECT body FROM notes ORDER BY id DESC LIMIT 1")

@@ -6,7 +6,7 @@ Something of the tests' own stands before the suite's server: its wheel is built
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,12 @@ def past(postgres: Server) -> Iterator[Past]:
 
 
 class Before:
-    """What stands before a server: encrypts, or gives clients other numbers, as poolers do."""
+    """What stands before a server: it encrypts, or alters what is said."""
 
-    def __init__(self, url: str, context: ssl.SSLContext | None) -> None:
-        self._server, self._context = urlsplit(url), context
+    def __init__(
+        self, url: str, context: ssl.SSLContext | None, alter: Callable[[bytes], bytes]
+    ) -> None:
+        self._server, self._context, self._alter = urlsplit(url), context, alter
         self.encrypted = self.logins = 0
 
     async def __call__(self, client: SocketStream) -> None:
@@ -91,10 +93,7 @@ class Before:
     async def _carry(self, source: ByteStream, to: ByteStream, scope: anyio.CancelScope) -> None:
         with suppress(*_OVER):
             async for data in source:
-                at = data.find(b"K\0\0\0\x0c")  # the number of a process, and a secret
-                if at >= 0 and self._context is None:
-                    data = data[: at + 5] + bytes(4) + data[at + 9 :]
-                await to.send(data)
+                await to.send(self._alter(data))
         scope.cancel()
 
 
@@ -102,9 +101,13 @@ _OVER = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError
 
 
 @asynccontextmanager
-async def before(url: str, context: ssl.SSLContext | None = None) -> AsyncGenerator[tuple[str, Before]]:
+async def before(
+    url: str,
+    context: ssl.SSLContext | None = None,
+    alter: Callable[[bytes], bytes] = bytes,
+) -> AsyncGenerator[tuple[str, Before]]:
     """Stand before the server of a URL, and give the URL of that."""
-    stands, parts = Before(url, context), urlsplit(url)
+    stands, parts = Before(url, context, alter), urlsplit(url)
     login = parts.netloc.rpartition("@")[0]
     async with (
         await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
@@ -185,8 +188,14 @@ async def test_a_server_that_nobody_trusts_is_told_nothing(
 # -- a pooler -----------------------------------------------------------------------------------------
 
 
+def _renumber(data: bytes) -> bytes:
+    """Give clients other numbers than the server has, as PgBouncer does."""
+    at = data.find(b"K\0\0\0\x0c")  # what is followed by the number of a process, and a secret
+    return data[: at + 5] + bytes(4) + data[at + 9 :] if at >= 0 else data
+
+
 async def test_a_pooler_is_refused_by_name_and_keeps_nothing(pool: Pool, past: Past) -> None:
-    async with before(past.url) as (url, _):
+    async with before(past.url, alter=_renumber) as (url, _):
         registry, handle = declared(pool, url)
         with sandboxing(), anyio.fail_after(60):
             async with registry.lifespan() as lifespan:
@@ -199,3 +208,22 @@ async def test_a_pooler_is_refused_by_name_and_keeps_nothing(pool: Pool, past: P
                 )
                 assert await pool.value(db, kept) == 0
                 assert await pool.value(db, "SELECT current_setting('lock_timeout')") == "0"
+
+
+async def test_who_is_there_is_asked_again_where_that_fails(past: Past) -> None:
+    """A client that gives up meanwhile lets the server cancel it."""
+    left = [2]
+
+    def fail(data: bytes) -> bytes:
+        if left[0] and b"pg_backend_pid" in data:
+            left[0] -= 1
+            return data.replace(b"pg_backend_pid", b"pg_backend_pig")
+        return data
+
+    pool = POOLS[0]
+    async with before(past.url, alter=fail) as (url, _):
+        registry, handle = declared(pool, url)
+        with sandboxing():
+            async with registry.lifespan() as lifespan, lifespan.sandbox():
+                assert await pool.value(lifespan[handle], "SELECT 1") == 1
+    assert left == [0]

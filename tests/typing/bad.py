@@ -95,6 +95,24 @@ def wrong_pool(pool: asyncpg.Pool) -> int:
 def wrong_last(a: int, b: str, c: int, d: str, e: int, f: int) -> None: ...
 
 
+# -- what is not required, and what is renewed -------------------------------------------------------
+
+
+@registry.resource(required="no")  # error
+def perhaps() -> int:
+    return 1
+
+
+@registry.resource(renew_every="hourly")  # error
+def hourly() -> int:
+    return 1
+
+
+async def renews() -> None:
+    async with registry.lifespan() as lifespan:
+        await lifespan.renew("number")  # error
+
+
 # -- workers -----------------------------------------------------------------------------------------
 
 

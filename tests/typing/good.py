@@ -442,6 +442,28 @@ package = Registry("package")
 registry.include(package)
 
 
+# -- what is not required, and what is renewed -------------------------------------------------------
+
+
+@registry.resource(required=False, renew_every=900.0)
+def optional() -> int:
+    return 1
+
+
+assert_type(optional, Resource[int])
+
+
+async def renews() -> None:
+    async with registry.lifespan() as lifespan:
+        assert_type(await lifespan.renew(optional), None)
+        try:
+            assert_type(lifespan[optional], int)
+        except lifekit.UnavailableError as error:
+            assert_type(error.resource, str)
+            assert_type(error.error, Exception)
+            assert_type(error.retry_after, float)
+
+
 # -- workers -----------------------------------------------------------------------------------------
 
 

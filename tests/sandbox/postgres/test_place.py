@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import pytest
-from lifekit.sandbox._postgres.place import Idleness, Place, Wire
 
+from lifekit._sandbox.postgres.place import Idleness, Place, Wire
 from lifekit.embedded import Server
 
 from .clients import Psycopg2, running_gateway, through
