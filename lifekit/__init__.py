@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         WrongLoopError,
     )
     from ._core.health import Health
+    from ._core.leading import Leadership, exclusive, leadership
     from ._core.lifespan import Lifespan
     from ._core.registry import Registry
     from ._core.resource import Resource
@@ -39,6 +40,7 @@ __all__ = [
     "DeclarationError",
     "Driver",
     "Health",
+    "Leadership",
     "LifekitError",
     "Lifespan",
     "NotOpenError",
@@ -55,6 +57,8 @@ __all__ = [
     "UnavailableError",
     "Worker",
     "WrongLoopError",
+    "exclusive",
+    "leadership",
     "stopping",
 ]
 
@@ -62,11 +66,14 @@ _PARTS = {"asgi", "drivers", "embedded", "events", "testing"}
 _HOMES = {
     "Driver": "drivers",
     "Health": "health",
+    "Leadership": "leading",
     "Lifespan": "lifespan",
     "Registry": "registry",
     "Resource": "resource",
     "Stopping": "stopping",
     "Worker": "worker",
+    "exclusive": "leading",
+    "leadership": "leading",
     "stopping": "stopping",
 }
 

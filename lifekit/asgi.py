@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ._core.errors import DeclarationError, LifekitError
+from ._core.mounted import lifespan_of
 from ._core.requests import ASGIApp as ASGIApp
 from ._core.requests import Scope
 from ._util.loops import running_loop
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ._core.lifespan import Lifespan
     from ._core.registry import Registry
 
-__all__ = ["combine", "health"]
+__all__ = ["combine", "health", "lifespan_of"]
 
 State = Mapping[str, Any]
 

@@ -137,6 +137,21 @@ class WorkerStarted(_ResourceEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class Leading(_ResourceEvent):
+    """A worker with ``leader=`` leads: no other process runs it from now on."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeadershipLost(_ResourceEvent):
+    """A worker that leads has lost the lock, and is cancelled; then it waits to lead again."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFailed(_ResourceEvent):
     """A run of a worker failed; it is run again after *delay* seconds, never where that is None."""
 
@@ -198,6 +213,8 @@ Event = (
     | Terminated
     | Closed
     | WorkerStarted
+    | Leading
+    | LeadershipLost
     | WorkerFailed
     | WorkerEnded
     | Crashed
@@ -260,6 +277,12 @@ def log(event: Event) -> None:
             logger.error(
                 f"{event.resource} failed, and is {follows}: {summary(event.error)}",
                 exc_info=event.error,
+            )
+        case Leading():
+            logger.info(f"{event.resource} leads, as number {event.number}")
+        case LeadershipLost():
+            logger.warning(
+                f"{event.resource} leads no more, is cancelled, and waits to lead again: {event.reason}"
             )
         case Crashed(error=None):
             logger.critical(

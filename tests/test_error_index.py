@@ -35,7 +35,16 @@ GATEWAY = PACKAGE / "_sandbox" / "postgres"
 
 NO_MESSAGE = (
     # The inner side of a machine: SQL, regular expressions, programs, configuration.
-    *("SELECT ", "(?", "connection (refused|reset)|", "authentication|"),
+    *(
+        "SELECT ",
+        "select ",
+        "\nif redis.call",
+        "if redis.call",
+        "\nlocal key",
+        "(?",
+        "connection (refused|reset)|",
+        "authentication|",
+    ),
     "<frozen importlib",
     *(
         "\nlocal now",

@@ -124,8 +124,15 @@ def test_each_kind_of_event_carries_what_its_type_says() -> None:
 
     run(main, "trio")
     told = {type(event): event for event in heard}
-    of_work = {events.WorkerStarted, events.WorkerFailed, events.WorkerEnded, events.Crashed}
     of_change = {events.Unavailable, events.Renewed, events.RenewalFailed, events.HeldTooLong}
+    of_work = {
+        events.Leading,
+        events.LeadershipLost,
+        events.WorkerStarted,
+        events.WorkerFailed,
+        events.WorkerEnded,
+        events.Crashed,
+    }
     assert set(told) == set(get_args(events.Event)) - {events.Started} - of_work - of_change
     by_name = {named(event): event for event in heard}
     assert by_name["Opened", "fine"] == events.Opened("app", "fine", 1.0, "str")

@@ -195,7 +195,7 @@ def test_the_core_imports_no_driver_and_no_framework(file: Path) -> None:
             assert each.in_function or each.for_types, f"{each.module} at the top of {file.name}"
 
 
-SHARED = {f"lifekit.drivers.{name}" for name in ("_checkouts", "_doors", "_libpq")}
+SHARED = {f"lifekit.drivers.{name}" for name in ("_checkouts", "_doors", "_libpq", "_lock")}
 DRIVERS = sorted((PACKAGE / "drivers").glob("[a-z]*.py"))
 
 
@@ -245,6 +245,7 @@ def test_the_public_names_are_these() -> None:
         "DeclarationError",
         "Driver",
         "Health",
+        "Leadership",
         "LifekitError",
         "Lifespan",
         "NotOpenError",
@@ -261,6 +262,8 @@ def test_the_public_names_are_these() -> None:
         "UnavailableError",
         "Worker",
         "WrongLoopError",
+        "exclusive",
+        "leadership",
         "stopping",
     ]
     assert lifekit.__all__ == sorted(lifekit.__all__)
@@ -268,8 +271,11 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_the_public_names_of_the_parts_are_these() -> None:
-    assert asgi.__all__ == ["combine", "health"]
-    assert drivers.__all__ == ["Driver", "Gateway", "Sandbox", "Tls", "find", "loaded", "register"]
+    assert asgi.__all__ == ["combine", "health", "lifespan_of"]
+    assert drivers.__all__ == [
+        *("Driver", "Gateway", "Lock", "Sandbox", "Tls"),
+        *("find", "loaded", "register"),
+    ]
     assert testing.__all__ == [
         "Sandboxing",
         "client",
@@ -303,6 +309,8 @@ def test_the_events_are_these_with_these_fields() -> None:
         "Terminated": of_resource,
         "Closed": [*of_resource, "seconds", "clean"],
         "WorkerStarted": of_resource,
+        "Leading": [*of_resource, "number"],
+        "LeadershipLost": [*of_resource, "number", "reason"],
         "WorkerFailed": [*of_resource, "error", "delay"],
         "WorkerEnded": [*of_resource, "state"],
         "Crashed": [*of_resource, "error", "on_crash"],

@@ -145,9 +145,11 @@ class Workers:
                 f"{caller()}: a worker has no option {', '.join(sorted(unknown))}. It has "
                 f"{', '.join(WorkerDeclaration.__annotations__)}."
             )
-        checked: Any = options
-        checked["after"] = refuse_no_handles(needs, options.get("after"), workers=True)
         refuse_bad_rules(options)
+        checked: Any = options
+        leader = [each for each in [options.get("leader")] if each is not None and each not in needs]
+        after = refuse_no_handles(needs, options.get("after"), workers=True)
+        checked["after"] = tuple(dict.fromkeys((*after, *leader)))
         return DeclareWorker[*tuple[Any, ...]](partial(self._declare_worker, needs, options))
 
     def _declare_worker(

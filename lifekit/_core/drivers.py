@@ -128,6 +128,30 @@ class Tls(NamedTuple):
     """Whom its certificate has to name, where that is not the host."""
 
 
+class Lock(Protocol):
+    """A lock that one process has at a time, for as long as it is heard of."""
+
+    async def open(self, lease: float) -> None:
+        """Prepare for `acquire`, before which it is called each time: connect, where that is needed."""
+        ...
+
+    async def acquire(self, lease: float) -> int | None:
+        """Try to get it for *lease* seconds; return a number that grows, or None if it is taken."""
+        ...
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for so long, or until there is a sign that it is lost."""
+        ...
+
+    async def renew(self, lease: float) -> bool:
+        """Keep it for *lease* seconds more; False is that it is lost, an error that nobody knows."""
+        ...
+
+    async def release(self) -> None:
+        """Give it up, and all that was opened for it; it may be lost."""
+        ...
+
+
 class Driver(Generic[T]):
     """All that is known of one kind of value. Override what differs, then `register` it.
 
@@ -174,6 +198,10 @@ class Driver(Generic[T]):
     def holders(self, value: T) -> Sequence[str]:
         """Return who still holds parts of it: code lines, with their tasks where known."""
         return ()
+
+    def lock(self, value: T, key: str) -> Lock | None:
+        """Return a lock of that name on the value's server, or None where that has none."""
+        return None
 
     def transient(self, error: BaseException) -> bool:
         """Return whether a failed opening may succeed when tried again."""

@@ -254,6 +254,7 @@ class Lifespan(Mapping[str, Any]):
         self._tokens = [variable.set(value) for variable, value in engine.variables]
         self._look_at(engine)
         if self._root is self:
+            self.start.is_up(self)
             self._ending.begin(entering)
         return self
 

@@ -146,14 +146,21 @@ class WorkerDeclaration(TypedDict, total=False):
     """
     close_timeout: float | None
     """Seconds that it has to end after it was cancelled; None takes the registry's."""
+    leader: Resource[Any] | None
+    """A pool or engine of PostgreSQL, or a client of Redis: one process of all that have the worker, by
+    the names of its registry and its own, runs it at a time, and the others wait. See `leadership`."""
 
 
 def refuse_bad_rules(options: WorkerDeclaration) -> None:
     """Raise `DeclarationError` where one of a worker's options does not fit."""
     for option, value in options.items():
         match option:
-            case "every" | "close_timeout" if value is None:
+            case "every" | "close_timeout" | "leader" if value is None:
                 pass
+            case "leader":
+                kind = type(value)
+                is_handle = issubclass(kind, Resource) and not issubclass(kind, Worker)
+                refuse_unless(is_handle, option, value, _LEADER)
             case "every" | "drain" | "close_timeout":
                 refuse_unless(is_seconds(value), option, value, SECONDS)
             case "restart":
@@ -166,6 +173,7 @@ def refuse_bad_rules(options: WorkerDeclaration) -> None:
                 pass
 
 
+_LEADER = "the handle of a PostgreSQL pool or engine, or of a Redis client"
 _LIMIT = "a number of failures and one of seconds: limit=(5, 60.0)"
 
 

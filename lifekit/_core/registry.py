@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -43,6 +43,8 @@ from .worker import OnCrash
 
 if TYPE_CHECKING:
     from lifekit.events import Event  # which name its lifespans
+
+    from .blocking import BlockingLifespan  # which it makes
 
 T = TypeVar("T")
 Needs = TypeVarTuple("Needs")
@@ -258,6 +260,35 @@ class Registry(Workers):
         lifespan = Lifespan(self, self.plan(), where)
         bind_requests(app, lifespan)
         return lifespan
+
+    def run(self, main: Callable[[Lifespan], Awaitable[object]] | None = None) -> int:
+        """Be a worker process: open everything, run *main* or the workers, and return an exit status.
+
+        SIGTERM and SIGINT end it in order: `stopping` is set, *main* is cancelled, workers have their
+        ``drain``. Without *main* it runs until then. What fails is printed, without passwords. The
+        status is 0 where it ended in order, also by a signal; 1 where the start, *main*, a closing or
+        a worker failed; 130 where Ctrl-C was pressed again. Write ``sys.exit(registry.run())``.
+
+        Args:
+            main: An async function, which gets the lifespan.
+        """
+        from .process import run
+
+        where = Site(caller_frame())
+        return run(lambda: Lifespan(self, self.plan(), where), main)
+
+    def blocking(self) -> BlockingLifespan:
+        """Return a new run for code without an event loop: ``with registry.blocking() as lifespan:``.
+
+        It runs in a thread of its own. ``lifespan[handle]`` is a live value, and ``lifespan.call`` runs
+        what awaits.
+
+        Raises:
+            DeclarationError: A cycle, a duplicate name, or a handle of a registry not included.
+        """
+        from .blocking import BlockingLifespan
+
+        return BlockingLifespan(self, self.plan(), Site(caller_frame()))
 
     @overload
     def override(self, resource: Resource[T], value: T | Resource[T]) -> Overriding: ...

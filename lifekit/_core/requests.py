@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
+from functools import partial
 from threading import Lock
 from types import FrameType, new_class
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import DeclarationError
+from .mounted import ASGIApp as ASGIApp
+from .mounted import Scope as Scope
+from .mounted import tell_of_unrun
 from .overrides import entered, refuse_useless
 from .running import Start, current
 
@@ -16,11 +20,6 @@ if TYPE_CHECKING:
     from .lifespan import Lifespan  # which a request means
     from .node import Variables  # which the lifespan has
     from .resource import Resource  # which errors name
-
-Scope = MutableMapping[str, Any]
-ASGIApp = Callable[
-    [Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
-]
 
 
 def bind_requests(app: Any, lifespan: Lifespan) -> None:
@@ -32,6 +31,7 @@ def bind_requests(app: Any, lifespan: Lifespan) -> None:
     lifespan.start = Start(None if app is None else id(app), _framework_frames())
     if app is None:
         return
+    lifespan.start = lifespan.start._replace(is_up=partial(tell_of_unrun, app))
     for first in current.get():
         if first not in first.registry.running.get(first.loop, ()):
             continue  # it is over, and other frames may be where its own were

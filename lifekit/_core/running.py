@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextvars import ContextVar
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -34,6 +34,8 @@ class Start(NamedTuple):
 
     app: int | None = None
     frames: frozenset[int] = frozenset()
+    is_up: Callable[[Lifespan], object] = bool
+    """Called when all is open."""
 
 
 def find(resource: Resource[T]) -> T:

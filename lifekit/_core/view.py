@@ -59,6 +59,11 @@ class View:
         """End the application, and deliver *error* then."""
         raise NotImplementedError
 
+    def replaced(self) -> set[Resource[Any]]:
+        """Return the resources that something else stands in for."""
+        pairs = zip(self.plan.resources, self.plan.declarations, strict=True)
+        return {resource for resource, declaration in pairs if declaration is not resource}
+
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
         times = self.start_times or self.opening_times()

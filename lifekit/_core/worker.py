@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .resource import Resource
 
@@ -16,10 +16,13 @@ Restart = Literal["on-failure", "always", "never"]
 """After which end of a run a worker is run again."""
 OnCrash = Literal["stop", "unready", "ignore"]
 """What a crash does: stop the application, only take it out of service, or neither."""
-WorkerState = Literal["starting", "running", "waiting", "restarting", "stopping", "ended", "crashed"]
+WorkerState = Literal[
+    "starting", "standby", "running", "waiting", "restarting", "stopping", "ended", "crashed"
+]
 """How a worker stands.
 
-``waiting`` is between two runs, ``restarting`` the same after one that failed.
+``standby`` is while another process leads, ``waiting`` between two runs, ``restarting`` the same after
+one that failed.
 """
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
@@ -35,6 +38,7 @@ class Rules:
     limit: tuple[int, float] = (5, 60.0)
     on_crash: OnCrash = "stop"
     drain: float = 0.0
+    leader: Resource[Any] | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -6,19 +6,23 @@ the time for that.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from anyio import CancelScope, get_cancelled_exc_class
+from anyio import CancelScope, create_task_group, get_cancelled_exc_class
 
+from lifekit import events
 from lifekit._util.loops import uncancel
 
-from .errors import LifekitError, is_a, without
+from .errors import DeclarationError, LifekitError, is_a, summary, without
+from .leading import Term, acquire, give_up, lead, lead_alone, lock_of
 from .life import Life
 from .node import Node
+from .resource import Resource
 from .worker import Supervision, Worker, WorkerStatus
 
 if TYPE_CHECKING:
+    from .drivers import Lock  # by which it leads
     from .engine import Engine  # which spawns it, and to which it reports
 
 
@@ -31,11 +35,64 @@ class Working(Life):
         assert node.worker is not None
         self._rules = node.declaration.rules
         self._status: WorkerStatus = node.worker
+        self._term: Term | None = None  # in which it leads
+        self._told = ""
 
     async def _life(self) -> None:
         with self.node.closing_scope:
-            await self._work()
+            await (self._work() if self._rules.leader is None else self._lead(self._rules.leader))
         self._report(self.owner.ended, None)
+
+    async def _lead(self, leader: Resource[Any]) -> None:
+        declaration = self.node.declaration
+        if self.owner.block() is not None or leader in self.owner.replaced():
+            async with lead_alone(declaration.name):
+                await self._work()
+            return
+        key = f"{declaration.registry.name}.{declaration.name}"
+        try:
+            lock = lock_of(self.owner.values[leader], key, declaration.name)
+            while (acquired := await self._standby(lock)) is not None:
+                async with lead(lock, declaration.name, acquired) as self._term:
+                    self._tell(events.Leading, acquired[0])
+                    await self._work()
+                if self._term.lost is None:
+                    return
+                self._tell(events.LeadershipLost, acquired[0], self._term.lost)
+        except DeclarationError as error:
+            self._status.state, self._status.last_error = "crashed", error
+            self._report(self.owner.failed, (error, None))
+            self._report(self.owner.crashed, error)
+
+    async def _standby(self, lock: Lock) -> tuple[int, float] | None:
+        """Wait until it leads; None is that it is to end."""
+        acquired: tuple[int, float] | None = None
+        self._status.state = "standby"
+        try:
+            async with create_task_group() as tasks:
+                tasks.start_soon(self._cancel_at_notice, tasks.cancel_scope)
+                acquired = await acquire(lock, self._waits)
+                tasks.cancel_scope.cancel()
+        except BaseException:
+            await give_up(lock)
+            raise
+        return acquired
+
+    async def _cancel_at_notice(self, scope: CancelScope) -> None:
+        await self.node.notice.wait()
+        scope.cancel()
+
+    def _waits(self, error: Exception) -> None:
+        if (told := summary(error)) != self._told:
+            self._told = told
+            events.logger.warning(f"{self.node.declaration.name} can't tell yet who leads: {told}")
+
+    def _tell(self, kind: Callable[..., events.Event], *what: object) -> None:
+        tell = self.owner.tell
+        self._report(lambda node, _: tell(kind, node.resource.name, *what), None)
+
+    def _is_over(self) -> bool:
+        return self.node.asked or (self._term is not None and self._term.lost is not None)
 
     async def _work(self) -> None:
         supervision = Supervision(self._rules)
@@ -47,6 +104,10 @@ class Working(Life):
             if self.node.asked:
                 if error is not None:
                     self._report(self.owner.close_failed, ("close", error))
+                return
+            if self._is_over():
+                if error is not None:
+                    self._report(self.owner.failed, (error, 0.0))
                 return
             if error is None:
                 delay = supervision.returned(now - began)
@@ -91,7 +152,7 @@ class Working(Life):
         if error is None:
             return None
         real = without(error, get_cancelled_exc_class())
-        if real is None and not self.node.asked:
+        if real is None and not self._is_over():
             uncancel(self.node.task)
             real = LifekitError(f"{declaration.name} was cancelled, not by lifekit")
             real.__cause__ = error
@@ -103,14 +164,14 @@ class Working(Life):
         waits = self._status.state == "waiting"
         told = self.node.notice.wait if waits else self.node.wake.wait
         until = self.time.now() + seconds
-        while not (self.node.asked or (waits and self.node.notice.is_set())):
+        while not (self._is_over() or (waits and self.node.notice.is_set())):
             try:
                 with CancelScope(deadline=until):
                     await told()
                 if self.time.now() >= until:
                     return False
             except get_cancelled_exc_class():
-                if not self.node.asked:  # whoever it was: nothing runs that could be cancelled
+                if not self._is_over():  # whoever it was: nothing runs that could be cancelled
                     uncancel(self.node.task)
         return True
 

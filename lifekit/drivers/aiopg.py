@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Sequence
 from traceback import walk_tb
 from typing import Any
 
+import aiopg
 import psycopg2
 from aiopg import Connection, Pool
 from psycopg2.extensions import (
@@ -23,6 +24,7 @@ from lifekit._util.redact import redact
 
 from ._checkouts import Checkout, Checkouts, Connected, Pooled, mix_in, pool_sandbox
 from ._doors import by_way_of
+from ._lock import AiopgSession, PostgresLock
 
 checkouts: Checkouts = Checkouts("aiopg")
 _MEND = "Return aiopg.create_pool(...) from the factory, so that each lifespan gets its own."
@@ -157,6 +159,17 @@ class AiopgDriver(Pooled[Pool]):
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or hung up on us."""
         return judge(error) is True
+
+    def lock(self, value: Pool, key: str) -> PostgresLock:
+        """Return an advisory lock, on a connection that is made as the pool makes its own."""
+        pool: Any = value
+
+        async def connect() -> AiopgSession:
+            types = dict.fromkeys(("enable_json", "enable_hstore", "enable_uuid"), False)
+            given = {**types, "timeout": pool._timeout, **pool._conn_kwargs}
+            return AiopgSession(await aiopg.connect(pool._dsn, **given))
+
+        return PostgresLock(connect, key)
 
     def salvage(self, error: BaseException) -> None:
         """Close what a pool had opened when it failed to open: nobody else knows it."""

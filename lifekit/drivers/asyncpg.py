@@ -20,6 +20,7 @@ from lifekit._util.redact import redact
 
 from ._checkouts import Checkouts, Connected, Pooled, mix_in, pool_sandbox
 from ._doors import Door, Here, by_way_of, checkout
+from ._lock import AsyncpgSession, PostgresLock
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[Any]
@@ -152,6 +153,16 @@ class AsyncpgDriver(Pooled[Pool]):
     def take_back(self, value: Pool, connection: Any) -> None:
         """Terminate it, of which the pool takes note."""
         connection.terminate()
+
+    def lock(self, value: Pool, key: str) -> PostgresLock:
+        """Return an advisory lock, on a connection that is made as the pool makes its own."""
+        pool: Any = value
+
+        async def connect() -> AsyncpgSession:
+            given = {**pool._connect_kwargs, "loop": pool._loop}
+            return AsyncpgSession(await pool._connect(*pool._connect_args, **given))
+
+        return PostgresLock(connect, key)
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or hung up on us."""

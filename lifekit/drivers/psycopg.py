@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from traceback import walk_tb
@@ -23,6 +24,7 @@ from lifekit._util.redact import redact
 
 from ._checkouts import Checkout, Checkouts, Pooled, called_like, pool_sandbox
 from ._doors import by_way_of
+from ._lock import PostgresLock, PsycopgSession
 
 if TYPE_CHECKING:
     Pool = AsyncConnectionPool[Any]
@@ -304,6 +306,20 @@ class PsycopgDriver(_Pools[Pool]):
         if connection.info.transaction_status.name != "ACTIVE":
             connection.pgconn.finish()
             await value.putconn(connection)
+
+    def lock(self, value: Pool, key: str) -> PostgresLock:
+        """Return an advisory lock, on a connection that is made as the pool makes its own."""
+        pool: Any = value
+
+        async def connect() -> PsycopgSession:
+            given: list[Any] = [pool.conninfo, pool.kwargs]
+            for at, each in enumerate(given):
+                made = each() if callable(each) else each
+                given[at] = await made if inspect.isawaitable(made) else made
+            options: dict[str, Any] = {**(given[1] or {}), "autocommit": True}
+            return PsycopgSession(await pool.connection_class.connect(given[0] or "", **options))
+
+        return PostgresLock(connect, key)
 
     def salvage(self, error: BaseException) -> None:
         """Cut off a pool whose opening failed inside a factory: its tasks would go on."""

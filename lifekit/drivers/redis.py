@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import anyio
 from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis, RedisCluster, SSLConnection
 
@@ -17,6 +20,60 @@ from lifekit._util.redact import redact
 Client = Redis | RedisCluster | ConnectionPool
 
 _MEND = "Make the client in the factory, so that each lifespan gets its own."
+
+
+class RedisLock:
+    """A key that expires, with a token as its value; and a key for the number, which stays."""
+
+    def __init__(self, client: Any, key: str) -> None:
+        self._client, self._token = client, secrets.token_hex(16)
+        self._keys = (f"lifekit:{{{key}}}:leader", f"lifekit:{{{key}}}:number")  # in one slot
+
+    async def open(self, lease: float) -> None:
+        """Do nothing: the client connects when it sends something."""
+
+    async def acquire(self, lease: float) -> int | None:
+        """Set the key where nobody has."""
+        number = await self._run(_ACQUIRE, lease)
+        return int(number) if number else None
+
+    async def pause(self, seconds: float) -> None:
+        """Wait: nothing tells before the key itself does."""
+        await anyio.sleep(seconds)
+
+    async def renew(self, lease: float) -> bool:
+        """Let it expire later, where it is still this one's."""
+        return bool(await self._run(_RENEW, lease))
+
+    async def release(self) -> None:
+        """Delete it, where it is still this one's; else it expires."""
+        with suppress(exceptions.RedisError, OSError):
+            await self._run(_RELEASE, 0)
+
+    async def _run(self, script: str, lease: float) -> Any:
+        return await self._client.eval(script, 2, *self._keys, self._token, round(lease * 1000))
+
+
+# A server that began less than a lease ago may have forgotten who led: nobody does until then. The
+# number is no less than the time, lest it begins anew where the server has forgotten it as well.
+_ACQUIRE = """
+local key, number, token, lease = KEYS[1], KEYS[2], ARGV[1], tonumber(ARGV[2])
+local info = redis.pcall('INFO', 'server')
+local up = type(info) == 'string' and tonumber(string.match(info, 'uptime_in_seconds:(%d+)'))
+if up and up * 1000 < lease or not redis.call('SET', key, token, 'NX', 'PX', lease) then return 0 end
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local next = math.max(tonumber(redis.call('GET', number) or '0') + 1, now)
+redis.call('SET', number, string.format('%.0f', next))
+return next
+"""
+_RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+_RELEASE = (
+    "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+)
 
 
 class RedisDriver(Driver[Client]):
@@ -82,6 +139,12 @@ class RedisDriver(Driver[Client]):
         """Lease that database, and let what connects from now on select it."""
         if _is_here(value):  # else `open` refuses it: it is another's
             await self._leased[value].open()
+
+    def lock(self, value: Client, key: str) -> RedisLock:
+        """Return a lock with a lease: a key that expires."""
+        return RedisLock(
+            Redis(connection_pool=value) if isinstance(value, ConnectionPool) else value, key
+        )
 
     def transient(self, error: BaseException) -> bool:
         """Return whether the server is starting, stopping or full, or a cluster is forming."""

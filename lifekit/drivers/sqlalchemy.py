@@ -31,6 +31,7 @@ from lifekit._util.redact import redact
 
 from ._checkouts import Checkout, Checkouts, Pooled, current_task, mix_in, pool_sandbox
 from ._doors import by_way_of
+from ._lock import AsyncpgSession, PostgresLock, PsycopgSession, Session
 
 T = TypeVar("T")
 
@@ -291,6 +292,12 @@ class SqlalchemyDriver(_Engines[AsyncEngine]):
         async with value.connect() as connection:
             await connection.scalar(select(1))
 
+    def lock(self, value: AsyncEngine, key: str) -> PostgresLock | None:
+        """Return an advisory lock, where the engine is one of PostgreSQL's."""
+        if value.dialect.name != "postgresql" or value.dialect.driver not in ("asyncpg", "psycopg"):
+            return None
+        return PostgresLock(functools.partial(_lock_session, value), key)
+
     async def _dispose(self, value: AsyncEngine) -> None:
         await value.dispose()
 
@@ -299,6 +306,16 @@ class SqlalchemyDriver(_Engines[AsyncEngine]):
         use = use_of(value)
         if use.loop is running_loop():  # else `open` refused it: it is another's
             _cut_all(value.sync_engine, use)
+
+
+async def _lock_session(engine: AsyncEngine) -> Session:
+    """Return a connection that is made as the engine's pool makes its own, as its driver's."""
+    pool: Any = engine.sync_engine.pool
+    own: Any = engine.dialect.get_driver_connection(await greenlet_spawn(pool._invoke_creator, None))
+    if engine.dialect.driver == "asyncpg":
+        return AsyncpgSession(own)
+    await own.set_autocommit(True)
+    return PsycopgSession(own)
 
 
 def _cut_all(engine: Any, use: Use) -> None:

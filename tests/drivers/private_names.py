@@ -34,7 +34,7 @@ _PSYCOPG = "3.2 and 3.3"
 _SQLALCHEMY = "2.0 and 2.1"
 
 NAMES: list[Private] = [
-    Private("asyncpg.pool.Pool", "_connect", _ASYNCPG, "connects by way of the gateway", True),
+    Private("asyncpg.pool.Pool", "_connect", _ASYNCPG, "connects for a lock, or by way of the gateway"),
     Private("asyncpg.connection.Connection", "_addr", _ASYNCPG, "names the server"),
     Private("asyncpg.connection.Connection", "_params", _ASYNCPG, "names the server"),
     Private("psycopg2.pool.AbstractConnectionPool", "_used", _PSYCOPG2, "tells what is out", True),
@@ -53,6 +53,7 @@ NAMES: list[Private] = [
     ),
     Private("aiopg.pool.Pool", "_dsn", _AIOPG, "names the server"),
     Private("aiopg.pool.Pool", "_conn_kwargs", _AIOPG, "names the server"),
+    Private("aiopg.pool.Pool", "_timeout", _AIOPG, "connects for a lock"),
     Private("aiopg.pool.Pool", "_acquire", _AIOPG, "notes who takes a connection", True),
     Private("aiopg.pool.Pool", "_used", _AIOPG, "tells what is out", True),
     Private("aiopg.pool.Pool", "_loop", _AIOPG, "refuses a pool of another loop"),
@@ -73,6 +74,7 @@ NAMES: list[Private] = [
     Private("psycopg_pool.pool_async.AsyncConnectionPool", "_workers", _PSYCOPG, "ends its tasks"),
     Private("psycopg.BaseConnection", "_connect_gen", _PSYCOPG, "is the door of psycopg", True),
     # `asyncpg.connect_utils._connect` and `psycopg2._connect` are the doors of those: functions.
+    Private("sqlalchemy.pool.base.Pool", "_invoke_creator", _SQLALCHEMY, "connects for a lock"),
     Private("sqlalchemy.engine.base.OptionEngineMixin", "_proxied", _SQLALCHEMY, "is one engine", True),
     Private(
         "sqlalchemy.pool.base._ConnectionFairy", "_connection_record", _SQLALCHEMY, "cuts off", True

@@ -197,6 +197,8 @@ registry.resource(number, retry=1.5)  # error
 registry.resource(number, close=3)  # error
 registry.resource(number, after=number)  # error
 registry.resource(number, after=["number"])  # error
+registry.worker(number, leader="number")  # error
+registry.run(number)  # error
 Registry(start_timeout="3")  # error
 Registry("app", 30.0)  # error
 

@@ -23,7 +23,7 @@ from fastapi import Depends, FastAPI, WebSocket
 from starlette.applications import Starlette
 
 import lifekit
-from lifekit import Lifespan, Registry, Resource, Stopping, Worker
+from lifekit import Leadership, Lifespan, Registry, Resource, Stopping, Worker
 from lifekit.asgi import combine
 
 registry = Registry("typed", start_timeout=5, on_event=print)
@@ -488,6 +488,11 @@ async def with_needs(value: int, lease: bytes) -> None:
 async def with_many_needs(a: int, b: int, c: int, d: int, e: int, f: int, g: int) -> None: ...
 
 
+@registry.worker(by_function, leader=redis_client)
+async def in_one_process(value: int) -> None:
+    assert_type(lifekit.leadership().number, int)
+
+
 async def numbers() -> AsyncGenerator[int]:
     yield 1
 
@@ -496,6 +501,7 @@ assert_type(by_itself, Worker)
 assert_type(at_intervals, Worker)
 assert_type(with_needs, Worker)
 assert_type(with_many_needs, Worker)
+assert_type(in_one_process, Worker)
 assert_type(lifekit.stopping(), Stopping)
 
 
@@ -506,3 +512,24 @@ async def of_a_lifespan(
     assert_type(lifespan[with_needs].last_error, BaseException | None)
     lifespan.stop("enough")
     await stopping.wait()
+
+
+# -- elsewhere ---------------------------------------------------------------------------------------
+
+
+async def main(lifespan: Lifespan) -> None:
+    async with lifekit.exclusive(redis_client, "migrations") as held:
+        assert_type(held, Leadership)
+
+
+def without_a_loop(other: FastAPI) -> None:
+    assert_type(registry.run(), int)
+    assert_type(registry.run(main), int)
+    with registry.blocking() as lifespan:
+        assert_type(lifespan[by_function], int)
+        assert_type(lifespan.call(with_needs_by_hand, 1), bytes)
+        assert_type(lifespan.call(len, "text"), int)
+
+
+async def with_needs_by_hand(value: int) -> bytes:
+    return bytes(value)

@@ -1,31 +1,28 @@
 """The worker: it takes jobs from the queue until a signal comes."""
 
 # --8<-- [start:worker]
-import signal
-from collections.abc import AsyncIterator
+import sys
 
-import anyio
+import asyncpg
+import redis.asyncio as redis
+
+import lifekit
+from lifekit import Registry
 
 from .jobs import db, jobs, queue
 
-
-async def main() -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with jobs.lifespan() as lifespan, anyio.create_task_group() as tasks:
-            stop = anyio.Event()
-            tasks.start_soon(note_signal, signals, stop)
-            while not stop.is_set():
-                if job := await lifespan[queue].brpop(["mails"], timeout=1):
-                    await lifespan[db].execute("INSERT INTO mails VALUES ($1)", job[1])
-                    print("sent a mail to", job[1], flush=True)
-            tasks.cancel_scope.cancel()
+worker = Registry("jobs-worker")
+worker.include(jobs)
 
 
-async def note_signal(signals: AsyncIterator[signal.Signals], stop: anyio.Event) -> None:
-    async for _ in signals:
-        stop.set()
+@worker.worker(db, queue, drain=5.0)
+async def send(db: asyncpg.Pool, queue: redis.Redis) -> None:
+    while not lifekit.stopping().is_set():
+        if job := await queue.brpop(["mails"], timeout=1):
+            await db.execute("INSERT INTO mails VALUES ($1)", job[1])
+            print("sent a mail to", job[1], flush=True)
 
 
 if __name__ == "__main__":
-    anyio.run(main)
+    sys.exit(worker.run())
 # --8<-- [end:worker]
