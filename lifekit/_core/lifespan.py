@@ -80,7 +80,7 @@ class Lifespan(Mapping[str, Any]):
         self.block: Block | None = None
         self.patches: tuple[Lifespan, ...] = ()
         self.overriding: list[str] = []  # where, also while an override is built
-        self.generation = Generation()  # of the requests that begin now
+        self.generation: Generation = Generation()  # of the requests that begin now
         self.renewed: dict[str, Any] = {}  # values that servers do not have in their state
         self.missing: set[str] = set()  # names of what is not required and not there
         self.variables: Variables = ()  # which factories set, for requests to have as well
