@@ -79,6 +79,7 @@ NO_MESSAGE = (
         "a malformed ",
         "the server that ",
         "lifekit application",
+        "lifekit check",
         "lifekit websocket",
         "of this test",
     ),

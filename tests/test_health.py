@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import anyio
 import httpx2 as httpx
 import pytest
+import trio
 from anyio.lowlevel import checkpoint
 from fastapi import FastAPI
 
 from lifekit import Registry, Resource, asgi, testing
-from lifekit._core.health import CHECK_SECONDS, KEPT_SECONDS
+from lifekit._core.health import CHECK_SECONDS, KEPT_SECONDS, ResourceHealth
 
 from .virtual_time import run
 
@@ -25,7 +28,7 @@ class Checked:
     def __init__(self) -> None:
         self.registry = Registry("shop")
         self.checks = 0
-        self.fails: Exception | None = None
+        self.fails: BaseException | None = None
         self.hangs = False
         self.db: Resource[object] = self.registry.resource(check=self._check, name="db")(object)
 
@@ -75,6 +78,64 @@ def test_a_check_that_hangs_is_given_up_and_one_whose_caller_is_cancelled_is_don
             health = await lifespan.health()
             assert round(anyio.current_time() - began, 3) == 1 + CHECK_SECONDS
             assert health.resources["db"].message == "its check took longer than 5 s"
+
+    run(main, backend)
+
+
+@pytest.mark.anyio
+async def test_a_check_that_waits_for_a_thread_is_left_and_not_begun_again_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lifekit._core.health.CHECK_SECONDS", 0.05)
+    monkeypatch.setattr("lifekit._core.health.KEPT_SECONDS", 0.0)
+    registry, go_on, begun = Registry(), threading.Event(), list[int]()
+
+    async def check(value: object) -> None:
+        begun.append(len(begun))
+        if len(begun) == 2:
+            await anyio.to_thread.run_sync(go_on.wait)
+
+    db = registry.resource(check=check, name="db")(object)
+    assert isinstance(db, Resource)
+    async with registry.lifespan() as lifespan:
+        with anyio.fail_after(50):
+            for _ in range(3):
+                health = await lifespan.health()
+                assert health.resources["db"].message == "its check took longer than 0.05 s"
+        assert len(begun) == 2
+        go_on.set()
+        monkeypatch.setattr("lifekit._core.health.CHECK_SECONDS", 50.0)
+        assert (await lifespan.health()).ready
+        assert len(begun) == 3
+
+
+@backends
+def test_a_check_that_was_cancelled_has_failed(backend: str) -> None:
+    shop = Checked()
+
+    async def main() -> None:
+        async with shop.registry.lifespan() as lifespan:
+            if backend == "trio":  # where nothing is cancelled but by a scope
+                shop.fails = trio.Cancelled._create(source="nursery")  # pyright: ignore
+            else:
+                shop.fails = asyncio.CancelledError()
+            assert (await lifespan.health()).resources["db"] == ResourceHealth(
+                "failing", 0.0, "its check was cancelled, not by lifekit"
+            )
+
+    run(main, backend)
+
+
+@backends
+def test_a_check_that_asks_for_the_end_of_the_process_ends_the_application(backend: str) -> None:
+    shop = Checked()
+
+    async def main() -> None:
+        with pytest.raises(SystemExit):
+            async with shop.registry.lifespan() as lifespan:
+                shop.fails = SystemExit(3)
+                await lifespan.health()
+                await anyio.sleep_forever()
 
     run(main, backend)
 

@@ -38,6 +38,7 @@ INNER = {
     *("lifekit.Lifespan.declares", "lifekit.Lifespan.sandboxes", "lifekit.Lifespan.undo"),
     *("lifekit.Registry.place", "lifekit.Registry.add"),
     *("lifekit.Lifespan.checks", "lifekit.Lifespan.crashed", "lifekit.Stopping.mark"),
+    *("lifekit.Lifespan.interrupted", "lifekit.Lifespan.has_crashed"),
     *("lifekit.Stopping.set", "lifekit.CrashError.derive"),
     *(f"lifekit.Worker.{name}" for name in ("factory", "needs", "after", "options", "registry")),
     *(f"lifekit.Worker.{name}" for name in ("get", "name", "location", "rules")),  # of a Resource

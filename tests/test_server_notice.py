@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
 
-from .serving import SERVERS, Fleet, fleet
+import anyio
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+from starlette.testclient import TestClient
+
+import lifekit
+from lifekit import CrashError, Registry, asgi
+
+from .serving import LIMIT, SERVERS, Connection, Fleet, fleet, until
 
 __all__ = ["fleet"]
 
@@ -44,6 +60,59 @@ def test_a_crash_stops_the_server_in_order_and_is_told(fleet: Fleet) -> None:
         assert "Closed ledger" in notes
         assert "the outbox is broken" in process.output
         assert "CrashError" in process.output
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_crash_stops_a_uvicorn_that_runs_in_a_thread(
+    loop: Literal["asyncio", "uvloop"], tmp_path: Path
+) -> None:
+    """Where no signal is heard."""
+    registry = Registry("shop")
+    go_on = threading.Event()
+
+    @registry.resource
+    async def db() -> AsyncGenerator[str]:
+        yield "db"
+
+    @registry.worker(db, restart="never")
+    async def outbox(db: str) -> None:
+        await anyio.to_thread.run_sync(go_on.wait)
+        raise ZeroDivisionError
+
+    async def slow(request: Request) -> PlainTextResponse:
+        go_on.set()
+        await lifekit.stopping().wait()
+        return PlainTextResponse(db.get())
+
+    app = Starlette(routes=[Route("/", slow)], lifespan=registry.lifespan)
+    server = uvicorn.Server(uvicorn.Config(app, uds=str(tmp_path / "socket"), loop=loop))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    connection = Connection(tmp_path / "socket")
+    until(lambda: server.started, lambda: "it never listened")
+    with closing(connection):
+        connection.request("GET", "/")
+        assert connection.getresponse().read() == b"db"
+    thread.join(LIMIT)
+    assert not thread.is_alive()
+
+
+def test_a_crash_under_what_can_t_be_told_leaves_it_open_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such as Starlette's test client, which runs it in a thread."""
+    registry = Registry("shop")
+
+    @registry.worker(restart="never")
+    async def outbox() -> None:
+        raise ZeroDivisionError
+
+    app = Starlette(routes=[Mount("/", asgi.health(registry))], lifespan=registry.lifespan)
+    with pytest.raises(CrashError), TestClient(app) as client:
+        until(lambda: "crashed" in caplog.text, lambda: "it never crashed")
+        answer = client.get("/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"ready": False, "live": True})
+    assert "shop can't be ended from here" in caplog.text
 
 
 @pytest.mark.long

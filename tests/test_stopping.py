@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any
 
 import anyio
@@ -14,7 +16,7 @@ from anyio.lowlevel import checkpoint
 from fastapi import Depends, FastAPI
 
 import lifekit
-from lifekit import CrashError, NotOpenError, Registry, ShutdownError, Stopping, testing
+from lifekit import CrashError, Lifespan, NotOpenError, Registry, ShutdownError, Stopping, testing
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -100,6 +102,21 @@ async def test_what_a_server_installs_later_is_chained_too(heard: list[str]) -> 
     assert signal.getsignal(signal.SIGTERM) is found
 
 
+async def test_a_delay_begins_no_thread_in_the_handler_and_leaves_none(
+    heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which could wait for a lock that the interrupted code holds."""
+    before = threading.active_count()
+    async with Registry(drain_delay=100.0).lifespan() as lifespan:
+        with monkeypatch.context() as patched:
+            patched.delattr(threading.Thread, "start")
+            signal.raise_signal(signal.SIGTERM)
+        assert lifespan.stopping.is_set()
+        assert heard == []
+    assert heard == ["SIGTERM"]
+    assert threading.active_count() == before
+
+
 async def test_signals_are_left_alone_where_the_registry_says_so(heard: list[str]) -> None:
     found = signal.getsignal(signal.SIGTERM)
     async with Registry(signals=False).lifespan():
@@ -139,6 +156,29 @@ async def test_until_ends_with_the_notice_and_gives_what_has_come() -> None:
         assert closed == ["numbers"]
         assert [each async for each in lifekit.stopping().until(few())] == []
         await lifekit.stopping().wait()
+
+
+async def test_a_cancellation_from_outside_goes_through_until_though_the_notice_comes_with_it() -> None:
+    reached = False
+    async with Registry().lifespan() as lifespan:
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_after_rounds, lifespan.stopping.set)
+                tasks.start_soon(_after_rounds, scope.cancel)
+                async for _ in lifekit.stopping().until(_nothing()):
+                    pass
+                await checkpoint()
+                reached = True
+    assert scope.cancelled_caught
+    assert not reached
+    with anyio.CancelScope() as scope:
+        await checkpoint()
+    assert not scope.cancelled_caught
+
+
+async def _nothing() -> AsyncGenerator[int]:
+    await anyio.sleep_forever()
+    yield 1
 
 
 async def _after_rounds(call: Any) -> None:
@@ -224,6 +264,67 @@ async def test_closings_that_fail_after_a_crash_are_told_as_well() -> None:
     assert [name for name, _ in caught.value.failures] == ["outbox"]
     assert isinstance(caught.value.shutdown, ShutdownError)
     assert caught.group_contains(ValueError)
+
+
+async def test_it_may_be_entered_under_a_limit_or_in_another_task_and_outlives_both() -> None:
+    """A scope of lifekit's own would be open across the end of the one that it was opened in."""
+    async with AsyncExitStack() as stack:
+        with anyio.fail_after(20):
+            await stack.enter_async_context(Registry().lifespan())
+        lifespan = Registry().lifespan()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stack.enter_async_context, lifespan)
+        assert not lifespan.stopping.is_set()
+
+
+@pytest.mark.parametrize("by", ["exit stack", "context manager"])
+async def test_a_body_behind_context_managers_is_cancelled_where_that_can_be(
+    by: str, anyio_backend_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    @asynccontextmanager
+    async def around() -> AsyncGenerator[Lifespan]:
+        async with Registry("shop").lifespan() as lifespan:
+            yield lifespan
+
+    ended = False
+    async with AsyncExitStack() as stack:
+        if by == "exit stack":
+            lifespan = await stack.enter_async_context(around())
+            lifespan.stop("enough")
+            with anyio.move_on_after(0.1):
+                await anyio.sleep_forever()
+            ended = True
+        else:
+            async with around() as lifespan:
+                lifespan.stop("enough")
+                await anyio.sleep_forever()
+    can_be = by == "context manager" or anyio_backend_name != "trio"
+    assert ended != can_be
+    assert ("shop can't be ended from here" in caplog.text) != can_be
+
+
+@pytest.fixture
+async def crashing() -> AsyncGenerator[Lifespan]:
+    """A lifespan of a fixture, which the same task enters and leaves as runs the test."""
+    registry = Registry("shop")
+
+    @registry.worker(restart="never")
+    async def outbox() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(CrashError):
+        async with registry.lifespan() as lifespan:
+            yield lifespan
+
+
+async def test_a_crash_does_not_cancel_the_test_whose_fixture_entered_the_lifespan(
+    crashing: Lifespan, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(20):
+        await checkpoint()
+    assert not (await crashing.health()).ready
+    records = (*caplog.get_records("setup"), *caplog.records)
+    assert any("shop can't be ended from here" in record.message for record in records)
 
 
 @on_asyncio

@@ -204,7 +204,7 @@ def test_what_comes_at_intervals_waits_between_its_runs_and_fails_like_any(backe
 
 @backends
 @pytest.mark.parametrize(
-    ("restart", "state", "runs"), [("on-failure", "ended", 1), ("always", "restarting", 8)]
+    ("restart", "state", "runs"), [("on-failure", "ended", 1), ("always", "waiting", 8)]
 )
 def test_a_run_that_returns_is_the_last_one_unless_it_is_run_always(
     backend: str, restart: Any, state: str, runs: int
@@ -219,6 +219,8 @@ def test_a_run_that_returns_is_the_last_one_unless_it_is_run_always(
         async with registry.lifespan() as lifespan:
             await anyio.sleep(13)
             assert lifespan[outbox].state == state
+            assert (await lifespan.health()).resources["outbox"].state == "ok"
+            assert lifespan[outbox].restarts == len(ran) - 1
         assert len(ran) >= runs
 
     in_time(main, backend)
@@ -261,6 +263,49 @@ def test_at_the_stop_a_worker_may_finish_within_its_drain_and_is_cancelled_then(
         *("between_runs ended", "quick finished", "quick ended"),
         *("slow_one cancelled", "slow_one ended", "db closes"),
     ]
+
+
+@backends
+def test_the_picture_of_the_stop_shows_how_long_workers_took_to_end(backend: str) -> None:
+    story = Story()
+
+    @story.registry.worker(story.db, drain=5.0)
+    async def outbox(db: str) -> None:
+        await lifekit.stopping().wait()
+        await anyio.sleep(3)
+
+    async def main() -> None:
+        async with story.registry.lifespan() as lifespan:
+            await checkpoint()
+        spans = {span.resource: round(span.seconds, 3) for span in lifespan.shutdown.spans}
+        assert spans["outbox"] == 3.0
+        assert lifespan.shutdown.critical_path == ("outbox", "db")
+
+    in_time(main, backend)
+
+
+@backends
+def test_a_drain_leaves_half_of_the_grace_to_what_is_behind(backend: str) -> None:
+    story = Story(grace=20.0)
+
+    @story.registry.resource
+    async def ledger() -> AsyncGenerator[None]:
+        yield
+        await anyio.sleep(8)
+        story.lines.append("ledger saved")
+
+    @story.registry.worker(ledger, drain=100.0)
+    async def outbox(ledger: None) -> None:
+        await anyio.sleep_forever()
+
+    async def main() -> None:
+        async with story.registry.lifespan():
+            await checkpoint()
+            began = anyio.current_time()
+        assert round(anyio.current_time() - began, 3) == 10 + 8
+
+    in_time(main, backend)
+    assert story.lines[-1] == "ledger saved"
 
 
 @backends
@@ -315,20 +360,60 @@ def test_a_worker_that_fails_while_it_ends_is_a_closing_that_failed(backend: str
 
 
 @backends
-def test_what_a_worker_exits_with_ends_the_application(backend: str) -> None:
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_a_worker_exits_with_ends_the_body_before_anything_closes(
+    backend: str, kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
     story = Story()
 
     @story.registry.worker(story.db)
     async def outbox(db: str) -> None:
-        raise SystemExit(7)
+        await anyio.sleep(1)
+        raise kind(7)
 
     async def main() -> None:
-        with pytest.raises(SystemExit):
-            async with story.registry.lifespan():
-                await anyio.sleep(1)
+        with pytest.raises(kind):
+            async with story.registry.lifespan() as lifespan:
+                try:
+                    await anyio.sleep(100)
+                    story.lines.append("the body went on")
+                finally:
+                    story.lines.append(f"the body ends with {lifespan[story.db]}")
 
     in_time(main, backend)
+    assert {"the body ends with db", "outbox ended"} == set(story.lines[-3:-1])
     assert story.lines[-1] == "db closes"
+    assert f"shop is asked to stop: {kind.__name__}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("backend", "left"), [("asyncio", "a scope"), ("asyncio", "a task group"), ("trio", "a scope")]
+)
+@pytest.mark.parametrize("every", [None, 5.0])
+def test_a_worker_that_leaves_something_of_its_task_open_crashes(
+    backend: str, left: str, every: float | None
+) -> None:
+    """Where a nursery is left open, trio itself ends all that it runs."""
+    story, runs = Story(), list[object]()
+
+    @story.registry.worker(every=every)
+    async def outbox() -> None:
+        if left == "a scope":
+            runs.append(anyio.CancelScope().__enter__())
+        else:
+            runs.append(await anyio.create_task_group().__aenter__())
+
+    async def main() -> None:
+        lifespan = story.registry.lifespan()
+        with pytest.raises(CrashError) as caught:
+            async with lifespan:
+                await anyio.sleep(100)
+        assert lifespan[outbox].state == "crashed"
+        assert "outbox left a cancel scope or a task group open" in str(caught.value)
+        assert len(runs) == 1
+
+    in_time(main, backend)
+    assert story.lines[-3:] == ["outbox crashed", "outbox crashed", "db closes"]
 
 
 def test_a_worker_that_somebody_else_cancels_has_failed_and_runs_again() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import anyio
 import asyncpg
@@ -216,6 +216,134 @@ async def test_a_crash_in_a_block_is_told_at_its_end_and_ends_no_application() -
                 assert caught.group_contains(ZeroDivisionError)
             async with lifespan.sandbox(workers=False):
                 await checkpoint()
+
+
+@on_asyncio
+async def test_a_resource_that_dies_in_a_block_is_told_at_its_end_and_stays_dead() -> None:
+    registry, go_on = Registry("shop"), anyio.Event()
+
+    async def fail() -> None:
+        await go_on.wait()
+        raise ZeroDivisionError
+
+    @registry.resource
+    async def clock() -> AsyncGenerator[str]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fail)
+            yield "clock"
+
+    lifespan = registry.lifespan()
+    with testing.sandboxing(), pytest.raises(CrashError) as at_last:
+        async with lifespan:
+            with pytest.raises(CrashError, match="clock: a scope that it holds was cancelled"):
+                async with lifespan.sandbox():
+                    go_on.set()
+                    for _ in range(20):
+                        await checkpoint()
+            async with lifespan.sandbox():
+                assert not (await lifespan.health()).ready
+    assert at_last.group_contains(ZeroDivisionError)
+
+
+async def test_a_worker_that_crashes_in_a_block_makes_the_next_one_no_less_ready() -> None:
+    registry, fails = Registry("shop"), [True]
+
+    @registry.worker(restart="never", on_crash="unready")
+    async def broken() -> None:
+        if fails.pop():
+            raise ZeroDivisionError
+
+    with testing.sandboxing():
+        async with registry.lifespan() as lifespan:
+            async with lifespan.sandbox():
+                for _ in range(20):
+                    await checkpoint()
+                assert not (await lifespan.health()).ready
+            assert (await lifespan.health()).ready
+            fails.append(False)
+            async with lifespan.sandbox():
+                assert (await lifespan.health()).ready
+
+
+async def test_what_exits_in_a_block_comes_out_of_the_block() -> None:
+    registry = Registry("shop")
+
+    @registry.worker
+    async def exits() -> None:
+        raise SystemExit(3)
+
+    with testing.sandboxing():
+        async with registry.lifespan() as lifespan:
+            with pytest.raises(SystemExit):
+                async with lifespan.sandbox():
+                    for _ in range(20):
+                        await checkpoint()
+            async with lifespan.sandbox(workers=False):
+                await checkpoint()
+
+
+async def test_an_override_that_is_built_while_the_block_ends_begins_no_worker(shop: Shop) -> None:
+    building, go_on, leave = anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def slow() -> str:
+        building.set()
+        await go_on.wait()
+        return "slow"
+
+    async def override(lifespan: Lifespan) -> None:
+        async with lifespan.override(shop.way, factory=slow):
+            await leave.wait()
+
+    with testing.sandboxing():
+        async with shop.registry.lifespan() as lifespan, anyio.create_task_group() as tasks:
+            async with lifespan.sandbox():
+                tasks.start_soon(override, lifespan)
+                await building.wait()
+            go_on.set()
+            assert await shop.pays(lifespan, "Ann") == ""
+            async with lifespan.sandbox():
+                assert await shop.pays(lifespan, "Bea") == "slow Ann,slow Bea"
+            leave.set()
+
+
+async def test_what_opens_again_as_an_override_begins_is_open_before_it_ends(shop: Shop) -> None:
+    """Else nobody would ask it to close, and the override would wait for that."""
+    registry, opening, go_on = shop.registry, anyio.Event(), anyio.Event()
+    made: list[str] = []
+
+    @registry.resource(shop.way)
+    async def clock(way: str) -> AsyncGenerator[str]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep_forever)
+            yield way
+            tasks.cancel_scope.cancel()
+
+    @registry.resource(clock)
+    async def reader(clock: str) -> str:
+        made.append(clock)
+        if len(made) == 3:
+            opening.set()
+            await go_on.wait()
+        return clock
+
+    async def override(lifespan: Lifespan) -> None:
+        async with lifespan.override(shop.way, "fake"):
+            pass
+
+    with anyio.fail_after(50):
+        async with registry.lifespan() as lifespan, anyio.create_task_group() as tasks:
+            tasks.start_soon(override, lifespan)
+            await opening.wait()
+            tasks.start_soon(_after_rounds, go_on.set)
+            async with lifespan.override(shop.way, "other"):
+                assert lifespan[reader] == "other"
+            assert lifespan[reader] == "real"
+
+
+async def _after_rounds(call: Callable[[], object]) -> None:
+    for _ in range(20):
+        await checkpoint()
+    call()
 
 
 async def test_a_worker_is_run_once_by_hand_with_what_is_served_now(shop: Shop) -> None:

@@ -253,8 +253,10 @@ class Block:
 
             known = [(layer.close_failures, len(layer.close_failures)) for layer in layers]
             try:
-                if (interrupt := await suspend(crew_of(layers))) is not None:
-                    raise interrupt
+                interrupt = await suspend(crew_of(layers))
+                exits = [layer.interrupts.pop() for layer in layers if layer.interrupts]
+                if interrupt is not None or exits:
+                    raise interrupt or exits[0]
             except BaseException:
                 self.over = self._is_leaving
                 await self._end(self._begun)  # what was done is undone all the same
@@ -262,10 +264,12 @@ class Block:
             for failed, before in known:
                 failures += [error for _, _, error in failed[before:]]
                 del failed[before:]
-        if crashes := self.lifespan.crashes:
+        crashes = self.lifespan.crashes
+        for layer in layers:
+            crashes += layer.died_in_block()
+        if crashes:
             failures.append(CrashError.of(self.lifespan.registry.name, crashes))
             crashes.clear()
-            self.lifespan.has_crashed = False
         return failures
 
     def _raise(self, failures: list[Exception]) -> None:

@@ -69,7 +69,7 @@ class Engine(Nodes):
         gateway: Isolation | None,
         block: Callable[[], Block | None],
         absent: Collection[Resource[Any]],
-        workers: bool,
+        workers: Callable[[], bool],
         on_crash: OnCrash,
         crashes: list[Failure],
         on_event: Callable[[events.Event], object] | None,
@@ -77,8 +77,8 @@ class Engine(Nodes):
     ) -> None:
         """Prepare a run; *values* may already hold some, which this run uses and leaves alone.
 
-        *variables* are set for all factories; *workers* begin when all is open, or later. What is
-        *absent* in the lifespan around this one is not opened here either.
+        *variables* are set for all factories; workers begin when all is open, where *workers* says so
+        then, or later. What is *absent* in the lifespan around this one is not opened here either.
         """
         super().__init__(plan, values, absent)
         self.name, self.lifespan = name, lifespan
@@ -95,10 +95,10 @@ class Engine(Nodes):
         self.close_failures: list[Failure] = []
         self.interrupts: list[BaseException] = []  # what must be delivered as it is
         self.held_back: list[BaseException] = []  # likewise, once all is closed
-        self.began = self.stop_began = 0.0
+        self.began = self.stop_began = self.lost_before_stop = 0.0
         self._on_finished = on_finished
         self.on_crash, self.crashes = on_crash, crashes
-        self.due = set(self.crew if workers else ())  # workers that begin once all they need is open
+        self.due, self._may_work = set(self.crew), workers  # who begins once all they need is open
         self._changes: list[Callable[[], None]] = []  # asked for, and not made yet
         self.pauses, self.absences, self.renewals = Pauses(self), Absences(self), Renewals(self)
         self.stop_asked = False
@@ -112,7 +112,6 @@ class Engine(Nodes):
         self._teller = Teller(name, lifespan, on_event, self.time, self.interrupt)
         self._teller.heard &= bool(self.own) or not plan.resources  # else all is open already
         self.tell = self._teller.tell
-        self.lost_before_stop = 0.0
         self._leave_shelter: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -128,9 +127,9 @@ class Engine(Nodes):
         self._bell.set()
 
     def interrupt(self, error: BaseException) -> None:
-        """Stop, and deliver *error* then."""
+        """End the application, and deliver *error* then."""
         self.interrupts.append(error)
-        self.stop()
+        self.lifespan.interrupted(error)
 
     def lose(self) -> None:
         """Say what can't be closed any more: the loop was closed, and did not ask before."""
@@ -213,9 +212,9 @@ class Engine(Nodes):
         for node, happened, what in sorted(reports, key=lambda report: report[0].index):
             if node.state is not State.ENDED:
                 self._carry_out(happened, node, what)
-        changes, self._changes = self._changes, []
-        for change in changes:
-            self._carry_out(change)
+        # One after the other: what opens anew is open, or has failed, before anything else rests.
+        while self._changes and (self.stop_asked or not self._unopened):
+            self._carry_out(self._changes.pop(0))
         for node in overdue:
             self._carry_out(self._overdue, node)
         if self.stop_asked and not self.stopping:
@@ -339,6 +338,8 @@ class Engine(Nodes):
             if self._teller.heard:
                 self.tell(events.Started, self.start_timeline())
             self.ready.set()
+            if not self._may_work():
+                self.due.clear()
         for node in self.nodes if self.due else ():
             if node.resource in self.due and node.pending == 0:
                 self._begin_to_work(node)
@@ -359,8 +360,9 @@ class Engine(Nodes):
         node.notice = Stopping(self.lifespan.stopping)
         node.wake = self.event()
         self._running += 1
-        self.tell(events.WorkerStarted, node.resource.name)
-        node.scope, node.closing_scope = self.scope(shield=True), self.scope()
+        if self._teller.heard:
+            self.tell(events.WorkerStarted, node.resource.name)
+        node.closing_scope = self.scope()
         context = self._context_for(node)
         context.run(of_worker.set, (self.lifespan, node.notice))
         context.run(current_block.set, self.block())  # after which what it started is refused
@@ -470,7 +472,8 @@ class Engine(Nodes):
         conceal(node.task)
         node.drains = node.declaration.rules.drain > 0
         if node.drains:
-            self.time.arm(node, min(node.declaration.rules.drain, self.close_seconds(node, inf)))
+            left = self.close_seconds(node, inf) / 2  # the other half is for what is behind it
+            self.time.arm(node, min(node.declaration.rules.drain, left))
         else:
             self._cancel(node)
 
@@ -495,8 +498,11 @@ class Engine(Nodes):
         """Record what ended its task from outside of both."""
         if node.state is State.OPENING:
             self.open_failed(node, error)
-        else:
+        elif node.worker is None or self.stop_asked or node.rests:
             self.close_failed(node, (node.phase, error))
+        elif not node.crashed:
+            node.worker.state, node.worker.last_error = "crashed", error
+            self.crashed(node, error)
 
     def terminated(self, node: Node, _: None) -> None:
         """Tell that it is cut off."""
@@ -514,7 +520,8 @@ class Engine(Nodes):
         if node.worker is not None:
             if node.worker.state != "crashed":
                 node.worker.state = "ended"
-            self.tell(events.WorkerEnded, node.resource.name, node.worker.state)
+            if self._teller.heard:
+                self.tell(events.WorkerEnded, node.resource.name, node.worker.state)
         elif node.crashed and self.on_crash == "stop" and node.clean:
             self.record(self.crashes, node, self.no_word(node))
         if not node.left:  # else its task may still need it
@@ -572,13 +579,6 @@ class Engine(Nodes):
         """Have *happened* told to the owner, at its next turn."""
         self._reports.append((node, happened, what))
         self._bell.set()
-
-    def no_word(self, node: Node) -> LifekitError:
-        """Return the error for what crashed, and does not say of what."""
-        return LifekitError(_NO_WORD.format(name=node.resource.name))
-
-
-_NO_WORD = "{name}: a scope that it holds was cancelled while it was open, and nothing says why"
 
 
 def _between(began: float | None, ended: float | None) -> float:

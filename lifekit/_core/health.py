@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import anyio
-from anyio import create_task_group, move_on_after
+from anyio import create_task_group, get_cancelled_exc_class, move_on_after
 
-from lifekit._util.loops import clock
+from lifekit._util.loops import clock, spawn
 
-from .errors import summary
+from .errors import is_a, summary
 from .node import Node, State
 from .stand_in import redact_error
 from .worker import WorkerState, WorkerStatus
@@ -19,6 +19,7 @@ from .worker import WorkerState, WorkerStatus
 if TYPE_CHECKING:
     from .engine import Engine  # which it only reads
     from .lifespan import Lifespan  # which is asked for it
+    from .value import Live  # which it checks
 
 CHECK_SECONDS = 5.0
 """Seconds that one check has."""
@@ -60,6 +61,7 @@ class Checks:
         self._lifespan = lifespan
         self._last: tuple[float, dict[str, ResourceHealth]] | None = None
         self._under_way: anyio.Event | None = None
+        self._given_up: dict[Node, _Check] = {}  # for which the last ones to ask did not wait
 
     async def health(self) -> Health:
         """Return how the lifespan is."""
@@ -68,8 +70,9 @@ class Checks:
                 return self.known()
             if self._under_way is None:
                 await self._check_all()
-            else:  # should whoever checks be cancelled, the next one does
-                await self._under_way.wait()
+                return self.known()
+            # should whoever checks be cancelled, the next one does
+            await self._under_way.wait()
 
     def known(self) -> Health:
         """Return how it is as far as that is known, without a new check."""
@@ -103,12 +106,68 @@ class Checks:
             async with create_task_group() as tasks:
                 for name, node in _nodes(self._lifespan._layers()).items():  # pyright: ignore[reportPrivateUsage]
                     found[name] = _without_check(node) or ResourceHealth("ok")
-                    if node is not None and found[name].state == "ok" and node.worker is None:
-                        tasks.start_soon(_check, name, node, found)
+                    if found[name].state == "ok" and node is not None and node.worker is None:
+                        tasks.start_soon(self._check, name, node, found)
             self._last = clock()(), found
         finally:
             self._under_way.set()
             self._under_way = None
+
+    async def _check(self, name: str, node: Node, found: dict[str, ResourceHealth]) -> None:
+        if (live := node.live) is None or not live.checks:
+            return
+        now = clock()
+        began, check = now(), None
+        with move_on_after(CHECK_SECONDS):
+            if (before := self._given_up.get(node)) is not None:
+                await before.ended.wait()  # so that those that hang do not pile up
+            check = _Check(live)
+            try:
+                await check.ended.wait()
+            finally:
+                if not check.ended.is_set():
+                    self._give_up(node, check)
+        if check is None or not check.ended.is_set():
+            message = f"its check took longer than {CHECK_SECONDS:.3g} s"
+        else:
+            message = self._message(check)
+        found[name] = ResourceHealth("failing" if message else "ok", now() - began, message)
+
+    def _give_up(self, node: Node, check: _Check) -> None:
+        check.scope.cancel()
+        self._given_up[node] = check
+        check.at_end = lambda: self._given_up.pop(node, None)
+
+    def _message(self, check: _Check) -> str:
+        if check.error is None:
+            return ""
+        if is_a(check.error, get_cancelled_exc_class()):
+            return "its check was cancelled, not by lifekit"
+        if not is_a(check.error, Exception) and self._lifespan._engine is not None:  # pyright: ignore[reportPrivateUsage]
+            self._lifespan._engine.interrupt(check.error)  # pyright: ignore[reportPrivateUsage]
+        return summary(check.error)
+
+
+class _Check:
+    """One check, in a task of its own: where it waits for a thread it can't be cancelled, only left."""
+
+    def __init__(self, live: Live) -> None:
+        self.ended, self.scope = anyio.Event(), anyio.CancelScope()
+        self.error: BaseException | None = None
+        self.at_end: Callable[[], object] = lambda: None
+        self.task: object = spawn(self._run(live), "lifekit check", self.ended.set)
+
+    async def _run(self, live: Live) -> None:
+        try:
+            with self.scope:
+                await live.check()
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.error = redact_error(error, live.value)
+        finally:
+            self.ended.set()
+            self.at_end()
 
 
 def _nodes(layers: list[Engine]) -> dict[str, Node | None]:
@@ -155,19 +214,3 @@ def _of_worker(status: WorkerStatus) -> ResourceHealth:
     state = _OF_WORKERS.get(status.state, "ok")
     error = status.last_error if state in ("failing", "crashed") else None
     return ResourceHealth(state, message=summary(error) if error is not None else "")
-
-
-async def _check(name: str, node: Node, found: dict[str, ResourceHealth]) -> None:
-    live = node.live
-    if live is None or not live.checks:
-        return
-    now = clock()
-    began, message = now(), ""
-    with move_on_after(CHECK_SECONDS) as scope:
-        try:
-            await live.check()
-        except Exception as error:
-            message = summary(redact_error(error, live.value))
-    if scope.cancelled_caught:
-        message = f"its check took longer than {CHECK_SECONDS:.3g} s"
-    found[name] = ResourceHealth("failing" if message else "ok", now() - began, message)

@@ -18,7 +18,7 @@ from lifekit._util.redact import redact
 from .block import Block, Sandboxing, sandboxing, workers_wanted
 from .errors import LifekitError, NotOpenError, OverrideError
 from .generations import Generation
-from .leaving import Body, body
+from .leaving import Ending
 from .overrides import (
     MISSING,
     Overrides,
@@ -32,7 +32,7 @@ from .overrides import (
 from .plan import Plan
 from .resource import Resource
 from .running import Start, current, everywhere, why_not_open, wrong_loop
-from .signals import forget, is_served, listen, stop_server
+from .signals import forget, listen
 from .stopping import Stopping
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Lifespan(Mapping[str, Any]):
         self.block: Block | None = None
         self.patches: tuple[Lifespan, ...] = ()
         self.overriding: list[str] = []  # where, also while an override is built
-        self.generation = Generation()  # of the requests that begin now
+        self.generation: Generation = Generation()  # of the requests that begin now
         self.renewed: dict[str, Any] = {}  # values that servers do not have in their state
         self.missing: set[str] = set()  # names of what is not required and not there
         self.variables: Variables = ()  # which factories set, for requests to have as well
@@ -88,11 +88,9 @@ class Lifespan(Mapping[str, Any]):
         self._root = root or self
         self.stopping: Stopping = Stopping(root.stopping if root is not None else None)
         self.crashes: list[tuple[str, str, Exception]] = root.crashes if root is not None else []
-        self.has_crashed = False
         self._checks: Checks | None = None
-        self._stop_asked = self._ends_body = False
-        self._served = False
-        self._body: Body | None = None
+        self._stop_asked = False
+        self._ending = Ending(registry.name)
         self._soon: Callable[[Callable[[], object]], object] = lambda call: call()
         self._sandboxing: Sandboxing | None = None
         self._sandboxes: list[tuple[str, Sandbox]] | None = None
@@ -227,7 +225,7 @@ class Lifespan(Mapping[str, Any]):
             gateway=self._root._gateway,
             block=lambda: self._root.block,
             absent=self._absent,
-            workers=self._root._may_work(),
+            workers=self._root._may_work,
             on_crash=registry.on_crash,
             crashes=self.crashes,
             on_event=registry.on_event,
@@ -237,7 +235,7 @@ class Lifespan(Mapping[str, Any]):
         self._soon = call_soon()
         entering = sys._getframe().f_back  # pyright: ignore[reportPrivateUsage]
         if self._root is self:
-            self._served = is_served(entering)
+            self._ending.found(entering)
             if registry.signals:
                 listen(self, self._notice, registry.drain_delay)
         current.set((self, *current.get()))
@@ -257,9 +255,7 @@ class Lifespan(Mapping[str, Any]):
         self._look_at(engine)
         if self._root is self:
             self.start.is_up(self)
-            self._body = body(entering)
-            if self._ends_body and self._body is not None:
-                self._body.cancel()
+            self._ending.begin(entering)
         return self
 
     async def __aexit__(
@@ -288,9 +284,7 @@ class Lifespan(Mapping[str, Any]):
                 self._engine.lose()
             return None
         self._refuse_another_loop(self.registry.name)
-        came = error
-        if self._body is not None:
-            came = await self._body.leave(error)
+        came = await self._ending.leave(error)
         try:
             if self.patches:
                 from .patching import undo
@@ -356,10 +350,8 @@ class Lifespan(Mapping[str, Any]):
         root.stopping.set()
         if not root._engine.ready.is_set():
             root._engine.stop()
-        elif not (root._served and stop_server()):
-            root._ends_body = True  # which may be about to begin
-            if root._body is not None:
-                root._body.cancel()
+        else:
+            root._ending.ask()
 
     async def health(self) -> Health:
         """Check all resources again, at once, and return how they, the workers and the whole are.
@@ -378,12 +370,18 @@ class Lifespan(Mapping[str, Any]):
 
     def crashed(self, name: str, on_crash: str) -> None:
         """Do what a crash asks for; called by the engine."""
-        root = self._root
-        if on_crash == "ignore":
-            return
-        root.has_crashed = True
-        if on_crash == "stop" and root.block is None:
-            root.stop(f"{name} crashed")
+        if on_crash == "stop" and self._root.block is None:
+            self._root.stop(f"{name} crashed")
+
+    def interrupted(self, error: BaseException) -> None:
+        """End the application, where *error* asks for the end of the process; called by the engine."""
+        if self._root.block is None:
+            self._root.stop(f"{type(error).__name__} was raised in it")
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether something has crashed that it does not serve without."""
+        return any(layer.has_crashed() for layer in self._layers())
 
     def _notice(self) -> None:
         # Called by a signal handler, amid anything.

@@ -100,6 +100,7 @@ class Node:
         "scope",
         "state",
         "task",
+        "told",
         "values",
         "variables",
         "wake",
@@ -138,6 +139,7 @@ class Node:
         self.lost = 0.0  # seconds for which others did, as far as its alarm allows for them
         self.asked = False
         self.crashed = False  # it died while it was to be open
+        self.told = False  # at the end of a block
         self.drains = False  # a worker that may still end by itself
         self.rests = False  # it closes, or has closed, though the run goes on
         self.away = False  # the start went on without it

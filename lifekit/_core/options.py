@@ -140,7 +140,10 @@ class WorkerDeclaration(TypedDict, total=False):
     on_crash: OnCrash
     """What a crash does: ``"stop"`` the application, only make it ``"unready"``, or ``"ignore"``."""
     drain: float
-    """Seconds that it has to return by itself when the application stops; then it is cancelled."""
+    """Seconds that it has to return by itself when the application stops; then it is cancelled.
+
+    It has half of the registry's grace at most, so that the rest is left for what it needs.
+    """
     close_timeout: float | None
     """Seconds that it has to end after it was cancelled; None takes the registry's."""
     leader: Resource[Any] | None

@@ -40,8 +40,8 @@ class Pauses:
         nodes = [node for node in owner.nodes if node.resource in resources and node.state in RUNNING]
         self._ending.append((nodes, rested))
         owner.due -= {*resources}
-        for node in nodes:
-            node.rests = True
+        for node in owner.nodes:
+            node.rests |= node.resource in resources  # what has ended by itself as well
         owner.end(nodes)
         self.ended()
 

@@ -13,9 +13,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
+from lifekit._util.call_sites import suspended_frames
 from lifekit._util.interrupts import SIGNALS, getsignal, set_handler, still_wanted
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -28,34 +31,49 @@ _event: Any = None
 
 
 class _Delay:
-    """For how long SIGTERM is held before the server hears of it, as long as somebody listens."""
+    """For how long SIGTERM is held before the server hears of it, as long as somebody listens.
+
+    A thread waits, for it is the same in every loop; it does nothing but send the signal again. It is
+    begun before any signal comes: in a handler that could wait for a lock that the code under it holds.
+    """
 
     def __init__(self) -> None:
         self.held = 0
-        self.is_over = False
-        self._timer: threading.Timer | None = None
+        self.is_over = self._has_begun = False
+        self._thread: threading.Thread | None = None
+        self._bell = SimpleQueue[None]()  # whose put() may be called amid itself
+
+    def prepare(self) -> None:
+        """Begin the thread."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._wait, name="lifekit drain_delay", daemon=True)
+            self._thread.start()
 
     def holds(self) -> bool:
         """Return whether the server is not to hear of the stop yet; at first, begin."""
-        seconds = max(_delays.values(), default=0.0)
-        if not seconds or self.is_over:
+        if self._thread is None or self.is_over:
             return False
-        if self._timer is None:
-            # In a thread, for it is the same in every loop; it does nothing but send the signal again.
-            self._timer = threading.Timer(seconds, self._end)
-            self._timer.daemon = True
-            self._timer.start()
+        if not self._has_begun:
+            self._has_begun = True
+            self._bell.put(None)
         return True
 
-    def _end(self) -> None:
+    def _wait(self) -> None:
+        self._bell.get()
+        with suppress(Empty):
+            self._bell.get(timeout=max(_delays.values(), default=0.0))
+            return  # nobody listens any more
         self.is_over = True
         for _ in range(self.held):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def cancel(self) -> None:
         """Let go of a signal that nobody is to hear any more."""
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._thread is not None:
+            self._has_begun = True
+            self._bell.put(None)
+            self._bell.put(None)
+            self._thread.join()
 
 
 _delay = _Delay()
@@ -86,6 +104,8 @@ def listen(listener: object, told: Callable[[], None], delay: float = 0.0) -> No
             _event = event
             event.is_set = _asked_in_front_of(event.is_set)
     _listeners[listener], _delays[listener] = told, delay
+    if delay:
+        _delay.prepare()
 
 
 def forget(listener: object) -> None:
@@ -176,7 +196,7 @@ def is_served(frame: FrameType | None) -> bool:
 def stop_server() -> bool:
     """Tell the server to stop, as whoever runs it would; return whether it can be told."""
     if threading.get_ident() != threading.main_thread().ident:
-        return False
+        return _stop_uvicorn()
     if (event := _event_of_hypercorn()) is not None:
         event.set()
         return True
@@ -185,6 +205,18 @@ def stop_server() -> bool:
         return True
     if "hypercorn.trio" in sys.modules and "hypercorn.trio.run" in sys.modules:
         return _interrupt()
+    return False
+
+
+def _stop_uvicorn() -> bool:
+    # In another thread it hears of no signal. Who runs it there sets this attribute.
+    if "uvicorn.server" not in sys.modules or asyncio._get_running_loop() is None:
+        return False
+    for task in asyncio.all_tasks():
+        for frame in suspended_frames(task.get_coro()):
+            if frame.f_globals.get("__name__") == "uvicorn.server":
+                frame.f_locals["self"].should_exit = True
+                return True
     return False
 
 

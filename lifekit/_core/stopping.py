@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine
 from contextvars import ContextVar
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 from weakref import WeakSet
 
@@ -27,15 +29,17 @@ T = TypeVar("T")
 class Stopping:
     """Whether a lifespan is about to end. It is set once, and stays set."""
 
-    __slots__ = ("__weakref__", "_event", "_is_set", "_parts", "_scopes")
+    __slots__ = ("__weakref__", "_event", "_is_set", "_parts", "_waiting")
 
     def __init__(self, whole: Stopping | None = None) -> None:
         """Called by lifespans; one with a *whole* is set with that at the latest."""
         self._is_set = whole is not None and whole.is_set()
         self._event: anyio.Event | None = None
-        self._scopes: set[anyio.CancelScope] = set()
-        self._parts: WeakSet[Stopping] = WeakSet()
+        self._waiting: set[_OnAsyncio | _OnTrio] = set()
+        self._parts: WeakSet[Stopping] | None = None
         if whole is not None:
+            if whole._parts is None:
+                whole._parts = WeakSet()
             whole._parts.add(self)
 
     def is_set(self) -> bool:
@@ -57,25 +61,26 @@ class Stopping:
         Where it waits for the next one then, that waiting is cancelled; one that has come is given.
         """
         iterator = aiter(items)
-        while not self._is_set:
-            come: list[T] = []
-            with anyio.CancelScope() as scope:
-                self._scopes.add(scope)
-                try:
-                    come.append(await anext(iterator))
-                except StopAsyncIteration:
-                    return
-                finally:
-                    self._scopes.discard(scope)
-            for item in come:
-                yield item
+        waiting = _OnTrio() if asyncio._get_running_loop() is None else _OnAsyncio()
+        self._waiting.add(waiting)
+        try:
+            while not self._is_set:
+                with waiting:
+                    item = await anext(iterator)
+                if waiting.was_cancelled:
+                    break
+                yield item  # pyright: ignore[reportPossiblyUnbound]
+        except StopAsyncIteration:
+            return
+        finally:
+            self._waiting.discard(waiting)
         if (close := getattr(iterator, "aclose", None)) is not None:
             await close()
 
     def mark(self) -> None:
         """Set it, and wake nobody yet: all that a signal handler may do."""
         self._is_set = True
-        for part in [*self._parts]:
+        for part in [*(self._parts or ())]:
             part.mark()
 
     def set(self) -> None:
@@ -83,13 +88,68 @@ class Stopping:
         self._is_set = True
         if self._event is not None:
             self._event.set()
-        for scope in [*self._scopes]:
-            scope.cancel()
-        for part in [*self._parts]:
+        for waiting in [*self._waiting]:
+            waiting.cancel()
+        for part in [*(self._parts or ())]:
             part.set()
 
     def __repr__(self) -> str:
         return f"<Stopping, {'set' if self._is_set else 'not set'}>"
+
+
+class _OnAsyncio:
+    """What may be cancelled by the notice, over and over: by the task, for a scope costs far more."""
+
+    def __init__(self) -> None:
+        self.was_cancelled = self._asked = False
+        self._task: asyncio.Task[Any] | None = None
+        self._before = 0
+
+    def __enter__(self) -> None:
+        self._task = task = asyncio.current_task()
+        self._before = task.cancelling() if task is not None else 0
+
+    def cancel(self) -> None:
+        # A task whose waiting is over would be cancelled all the same, and what has come be lost.
+        waits_for = getattr(self._task, "_fut_waiter", None)
+        if self._task is not None and waits_for is not None and not waits_for.done():
+            self._asked = self._task.cancel()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        task, self._task = self._task, None
+        if not self._asked or task is None:
+            return False
+        others = task.uncancel() > self._before
+        self.was_cancelled = isinstance(error, asyncio.CancelledError) and not others
+        return self.was_cancelled
+
+
+class _OnTrio:
+    """The same by a scope, of which each waiting has one of its own."""
+
+    def __init__(self) -> None:
+        self.was_cancelled = False
+        self._scope: anyio.CancelScope | None = None
+
+    def __enter__(self) -> None:
+        self._scope = anyio.CancelScope()
+        self._scope.__enter__()
+
+    def cancel(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        scope, self._scope = self._scope, None
+        assert scope is not None
+        scope.__exit__(kind, error, traceback)
+        self.was_cancelled = scope.cancelled_caught
+        return self.was_cancelled
 
 
 of_worker: ContextVar[tuple[Lifespan, Stopping] | None] = ContextVar("lifekit.stopping", default=None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lifekit._util.call_sites import suspended_frames, waiting_at
 
 from .deadlines import BLOCKED, Deadlines
-from .errors import CrashError, DeadlineError, Failure, ShutdownError, StartupError
+from .errors import CrashError, DeadlineError, Failure, LifekitError, ShutdownError, StartupError
 from .node import RUNNING, Node, State, Variables
 from .plan import Plan
 from .resource import Resource
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NOWHERE: tuple[str, ...] = ()
+_NO_WORD = "{name}: a scope that it holds was cancelled while it was open, and nothing says why"
 Times = list[tuple[float | None, float | None]]
 
 
@@ -55,7 +56,7 @@ class View:
     start_times: Times | None = None  # since others stand for its resources
 
     def interrupt(self, error: BaseException) -> None:
-        """Stop, and deliver *error* then."""
+        """End the application, and deliver *error* then."""
         raise NotImplementedError
 
     def replaced(self) -> set[Resource[Any]]:
@@ -181,6 +182,28 @@ class View:
         """Return what its crash does."""
         declared = node.declaration
         return declared.rules.on_crash if isinstance(declared, Worker) else self.on_crash
+
+    def has_crashed(self) -> bool:
+        """Return whether something is dead that its declaration does not go on without."""
+        dead = (node for node in self.own if node.crashed and not node.rests)
+        return any(self.crash_rule(node) != "ignore" for node in dead)
+
+    def died_in_block(self) -> list[Failure]:
+        """Return what has died since it was asked last, and says why only when it closes."""
+        died = [
+            node for node in self.own if node.crashed and node.state is State.OPEN and not node.told
+        ]
+        for node in died:
+            node.told = True
+        return [
+            (node.resource.name, node.declaration.location, self.no_word(node))
+            for node in died
+            if self.on_crash == "stop"
+        ]
+
+    def no_word(self, node: Node) -> LifekitError:
+        """Return the error for what crashed, and does not say of what."""
+        return LifekitError(_NO_WORD.format(name=node.resource.name))
 
     def stands_at(self, node: Node) -> tuple[str, ...]:
         """Return the lines where its task stands, as far as they can be known."""

@@ -21,8 +21,8 @@ WorkerState = Literal[
 ]
 """How a worker stands.
 
-``standby`` is while another process leads, ``waiting`` between two runs of ``every=``, ``restarting``
-before it is run again after a failure.
+``standby`` is while another process leads, ``waiting`` between two runs, ``restarting`` the same after
+one that failed.
 """
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0

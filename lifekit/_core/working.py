@@ -39,7 +39,7 @@ class Working(Life):
         self._told = ""
 
     async def _life(self) -> None:
-        with self.node.scope, self.node.closing_scope:
+        with self.node.closing_scope:
             await (self._work() if self._rules.leader is None else self._lead(self._rules.leader))
         self._report(self.owner.ended, None)
 
@@ -114,7 +114,7 @@ class Working(Life):
                 if delay is None or self.node.notice.is_set():
                     self._status.state = "ended"
                     return
-                self._status.state = "waiting" if self._rules.every is not None else "restarting"
+                self._status.state = "waiting"
             elif not is_a(error, Exception):  # KeyboardInterrupt and its like
                 self._status.state = "ended"
                 self.owner.interrupt(error)
@@ -129,19 +129,26 @@ class Working(Life):
                     return
             if await self._told_within(delay):
                 return
-            self._status.restarts += self._status.state == "restarting"
+            self._status.restarts += self._rules.every is None or error is not None
 
     async def _run(self) -> BaseException | None:
         # What it failed with, without a cancellation that lifekit asked for.
         declaration = self.node.declaration
         error: BaseException | None = None
+        needs = [self.node.values[need] for need in declaration.needs]
         try:
-            result = declaration.factory(*(self.node.values[need] for need in declaration.needs))
-            await cast("Awaitable[Any]", result)
-        except GeneratorExit:
-            raise
-        except BaseException as raised:
-            error = raised
+            with self.owner.scope():  # which can't be left while the run's own are open
+                try:
+                    await cast("Awaitable[Any]", declaration.factory(*needs))
+                except GeneratorExit:
+                    raise
+                except BaseException as raised:
+                    error = raised
+        except RuntimeError as broken:
+            left = LifekitError(_LEFT_OPEN.format(name=declaration.name))
+            left.__cause__ = error or broken
+            self._report(self.owner.died, self._redacted(left))
+            raise  # to end this task, at whose end it is told again
         if error is None:
             return None
         real = without(error, get_cancelled_exc_class())
@@ -167,3 +174,9 @@ class Working(Life):
                 if not self._is_over():  # whoever it was: nothing runs that could be cancelled
                     uncancel(self.node.task)
         return True
+
+
+_LEFT_OPEN = (
+    "{name} left a cancel scope or a task group open when its run ended, and can't be run again in a "
+    "task where it stays open. Open it by `with`, or `async with`, inside the worker's function."
+)

@@ -18,6 +18,7 @@ from .gateway import gateway
 from .isolation import redis_isolation, suites
 from .measure import Row, table
 from .start_stop import critical_path, growth, many
+from .workers import blocks, until, workers
 
 
 class Benchmark(NamedTuple):
@@ -33,6 +34,9 @@ BENCHMARKS = {
     ),
     "many": Benchmark(many, partial(many, rounds=1, count=5)),
     "growth": Benchmark(growth, partial(growth, rounds=1, small=2, big=4)),
+    "workers": Benchmark(workers, partial(workers, rounds=1, count=3)),
+    "blocks": Benchmark(blocks, partial(blocks, rounds=1)),
+    "until": Benchmark(until, partial(until, rounds=1, items=100)),
     "get": Benchmark(get, partial(get, rounds=1, times=10)),
     "acquire": Benchmark(acquire, partial(acquire, rounds=1, times=1)),
     "sandbox": Benchmark(gateway, partial(gateway, rounds=1, times=1)),
