@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
@@ -374,6 +375,32 @@ def test_an_override_of_another_one_goes_without_it(backend: str) -> None:
             assert shop.search.get() == "search in db and cache"
 
     in_time(main, backend)
+
+
+@pytest.mark.anyio
+@on_asyncio
+async def test_an_override_by_what_does_not_open_is_what_requests_miss() -> None:
+    shop = Shop()
+    shop.up = True
+    app = FastAPI(lifespan=shop.registry.lifespan)
+
+    @app.get("/")
+    def search(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(request.state.search)
+
+    @app.get("/db")
+    def db(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(request.state.db)
+
+    async def away() -> str:
+        raise ConnectionError("away")
+
+    async with testing.client(app) as client:
+        lifespan = shop.registry.running[asyncio.get_running_loop()][-1]
+        async with lifespan.override(shop.cache, factory=away):
+            assert (await client.get("/db")).text == "db"
+            assert (await client.get("/")).status_code == 503
+        assert (await client.get("/")).text == "search in db and cache"
 
 
 @backends

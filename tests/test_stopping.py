@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import anyio
@@ -17,6 +17,8 @@ from fastapi import Depends, FastAPI
 
 import lifekit
 from lifekit import CrashError, Lifespan, NotOpenError, Registry, ShutdownError, Stopping, testing
+
+from .virtual_time import run
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -158,6 +160,80 @@ async def test_until_ends_with_the_notice_and_gives_what_has_come() -> None:
         await lifekit.stopping().wait()
 
 
+async def test_until_ends_though_the_notice_comes_between_two_waits_for_the_same_item() -> None:
+    first = anyio.Event()
+
+    async def slow() -> AsyncGenerator[int]:
+        await first.wait()
+        await anyio.sleep_forever()
+        yield 1
+
+    def both() -> None:
+        first.set()
+        lifespan.stopping.set()
+
+    async with Registry().lifespan() as lifespan, anyio.create_task_group() as tasks:
+        tasks.start_soon(_after_rounds, both)
+        with anyio.fail_after(60):
+            assert [each async for each in lifekit.stopping().until(slow())] == []
+
+
+@on_asyncio
+async def test_until_ends_though_what_it_waits_for_loses_a_cancellation() -> None:
+    async def at_once() -> None:
+        pass
+
+    async def losing() -> AsyncGenerator[int]:
+        await asyncio.wait_for(at_once(), 100)  # until Python 3.12, in its first two rounds
+        await anyio.sleep_forever()
+        yield 1
+
+    for rounds in range(8):
+        stopping = Stopping()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_after_rounds, stopping.set, rounds)
+            with anyio.fail_after(60):
+                assert [each async for each in stopping.until(losing())] == []
+
+
+def test_until_asks_again_what_has_ignored_its_cancellation() -> None:
+    async def ignoring() -> AsyncGenerator[int]:
+        for _ in range(3):
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(1000)
+        await asyncio.sleep(1000)
+        yield 1
+
+    async def main() -> None:
+        stopping, began = Stopping(), asyncio.get_running_loop().time()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_after_rounds, stopping.set)
+            assert [each async for each in stopping.until(ignoring())] == []
+        assert asyncio.get_running_loop().time() - began < 10
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    run(main, "asyncio")
+
+
+async def test_until_gives_what_has_come_with_the_notice() -> None:
+    first = anyio.Event()
+
+    async def one() -> AsyncGenerator[int]:
+        await first.wait()
+        yield 1
+        yield 2
+
+    def both() -> None:
+        first.set()
+        lifespan.stopping.set()
+
+    async with Registry().lifespan() as lifespan, anyio.create_task_group() as tasks:
+        tasks.start_soon(_after_rounds, both)
+        assert [each async for each in lifekit.stopping().until(one())] == [1]
+
+
 async def test_a_cancellation_from_outside_goes_through_until_though_the_notice_comes_with_it() -> None:
     reached = False
     async with Registry().lifespan() as lifespan:
@@ -181,8 +257,8 @@ async def _nothing() -> AsyncGenerator[int]:
     yield 1
 
 
-async def _after_rounds(call: Any) -> None:
-    for _ in range(5):
+async def _after_rounds(call: Any, rounds: int = 5) -> None:
+    for _ in range(rounds):
         await checkpoint()
     call()
 

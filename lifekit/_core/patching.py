@@ -66,9 +66,10 @@ async def patch(root: Lifespan, override: Override) -> AsyncGenerator[Lifespan]:
 def _serve(root: Lifespan, patches: tuple[Lifespan, ...]) -> None:
     root.patches = patches
     served = (root, *patches)
+    top = served[-1]
+    missing = {each.name for each in top._plan.resources if each not in top._own}
     for each in served:
-        each.live = served[-1]._own
-        each.variables = served[-1]._variables
+        each.live, each.variables, each.missing = top._own, top._variables, missing
 
 
 async def undo(root: Lifespan, patched: Lifespan) -> None:

@@ -46,7 +46,7 @@ def bind_requests(app: Any, lifespan: Lifespan) -> None:
 class _Incomplete(dict[str, Any]):
     # A request's state in which something is missing, for `request.state.name` to say why.
     def __init__(self, state: dict[str, Any], lifespan: Lifespan) -> None:
-        super().__init__(state)
+        super().__init__((name, state[name]) for name in state if name not in lifespan.missing)
         self._lifespan = lifespan
 
     def __missing__(self, name: str) -> Any:

@@ -97,30 +97,53 @@ class Stopping:
         return f"<Stopping, {'set' if self._is_set else 'not set'}>"
 
 
+_STEADY, _LOOKS = 3, 50
+"""For how many rounds of the loop a task waits for the same thing before it is cancelled; looks at most."""
+_AGAIN = 1.0
+"""Seconds after which it is cancelled again."""
+
+
 class _OnAsyncio:
     """What may be cancelled by the notice, over and over: by the task, for a scope costs far more."""
 
     def __init__(self) -> None:
-        self.was_cancelled = self._asked = False
+        self.was_cancelled = False
         self._task: asyncio.Task[Any] | None = None
-        self._before = 0
+        self._before = self._asked = self._looks = self._rounds = 0
+        self._seen: object = None
+        self._next: asyncio.Handle | None = None
 
     def __enter__(self) -> None:
         self._task = task = asyncio.current_task()
         self._before = task.cancelling() if task is not None else 0
 
     def cancel(self) -> None:
-        # A task whose waiting is over would be cancelled all the same, and what has come be lost.
-        waits_for = getattr(self._task, "_fut_waiter", None)
-        if self._task is not None and waits_for is not None and not waits_for.done():
-            self._asked = self._task.cancel()
+        if self._next is None:
+            self._look()
+
+    def _look(self) -> None:
+        # What has come would be lost by cancelling a task that waits no more. And asyncio.wait_for loses
+        # a cancellation, before Python 3.12, that comes when what it waits for has just come.
+        if (task := self._task) is None:
+            return
+        waits_for = getattr(task, "_fut_waiter", None)
+        waits = waits_for is not None and not waits_for.done()
+        self._rounds = self._rounds + 1 if waits and waits_for is self._seen else 0
+        self._seen, self._looks = waits_for, self._looks + 1
+        if self._rounds < _STEADY and self._looks < _LOOKS:
+            self._next = task.get_loop().call_soon(self._look)
+        else:
+            self._asked += task.cancel()
+            self._next = task.get_loop().call_later(_AGAIN, self._look)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         task, self._task = self._task, None
-        if not self._asked or task is None:
+        if self._next is None or task is None:
             return False
-        others = task.uncancel() > self._before
-        self.was_cancelled = isinstance(error, asyncio.CancelledError) and not others
+        self._next.cancel()
+        left = [task.uncancel() for _ in range(self._asked)]
+        ours = bool(left) and left[-1] <= self._before
+        self.was_cancelled = ours and isinstance(error, asyncio.CancelledError)
         return self.was_cancelled
 
 
