@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from shortener import resources
 
-from lifekit import Registry, testing
+from lifekit import Registry, Worker, testing
 
 from .pages import DOCS, PAGES, ROOT, blocks, name
 
@@ -118,7 +118,8 @@ def test_each_picture_in_the_readme_shows_the_whole_example() -> None:
     text = README.read_text("utf-8")
     pictures = re.findall(r"^(?:start|stop) of .*\n((?:  \w+ +│.*\n)+)", text, re.MULTILINE)
     assert pictures != []
-    names = sorted(each for each in resources.registry.lifespan() if each.isidentifier())
+    declared = resources.registry.plan().resources
+    names = sorted(each.name for each in declared if not isinstance(each, Worker))
     for picture in pictures:
         assert sorted(re.findall(r"^  (\w+)", picture, re.MULTILINE)) == names
 

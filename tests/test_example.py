@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ import psycopg2
 import pytest
 from redis import Redis
 from shortener import resources
+from shortener.links import Links
 from shortener.main import app
 from starlette.testclient import TestClient
 
@@ -87,6 +88,12 @@ def _shorten(client: TestClient, url: str = PAGE) -> str:
     return slug
 
 
+def _until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 100
+    while not holds():
+        assert time.monotonic() < until
+
+
 # -- what it answers ---------------------------------------------------------------------------
 
 
@@ -124,12 +131,34 @@ def test_a_second_visit_asks_the_cache_alone(client: TestClient, database: Datab
         assert client.get(f"/{slug}").headers["location"] == PAGE
 
 
+def test_a_link_for_some_days_has_an_end_and_another_has_none(
+    client: TestClient, database: Database
+) -> None:
+    with client:
+        client.post("/links", json={"url": PAGE, "days": 2})
+        _shorten(client)
+        assert client.post("/links", json={"url": PAGE, "days": 0}).status_code == 422
+
+    database.execute("SELECT round(extract(epoch from expires - now()) / 86400) FROM links ORDER BY 1")
+    assert database.fetchall() == [(2,), (None,)]
+
+
+def test_expired_links_are_removed_when_it_starts(client: TestClient, database: Database) -> None:
+    with client:
+        for days in (1, 3):
+            client.post("/links", json={"url": PAGE, "days": days})
+        database.execute("UPDATE links SET expires = expires - interval '2 days'")
+    with client:
+        _until(lambda: len(client.get("/reports/top").json()) == 1)
+
+
 @on_each_loop
 def test_the_report_lists_the_most_visited_first(client: TestClient) -> None:
     with client:
         once, thrice, never = (_shorten(client, f"{PAGE}{number}") for number in range(3))
         for slug in (thrice, once, thrice, thrice):
             client.get(f"/{slug}")
+        _until(lambda: sum(each["visits"] for each in client.get("/reports/top").json()) == 4)
         report = client.get("/reports/top").json()
 
     assert report == [
@@ -144,6 +173,14 @@ def test_the_report_lists_ten_links(client: TestClient) -> None:
         for _ in range(11):
             _shorten(client)
         assert len(client.get("/reports/top").json()) == 10
+
+
+def test_it_is_healthy_until_it_has_ended(client: TestClient) -> None:
+    with client:
+        for path in ("/health/livez", "/health/readyz"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.json()) == (200, {"ready": True, "live": True})
+    assert client.get("/health/readyz").status_code == 503
 
 
 # -- how else it is used -----------------------------------------------------------------------
@@ -177,16 +214,22 @@ async def test_a_script_uses_the_same_declarations(servers: None, database: Data
 
 
 @on_each_loop
-def test_visits_that_nobody_reported_are_saved_at_the_stop(
-    client: TestClient, database: Database
+def test_visits_that_are_not_saved_yet_are_saved_after_the_next_start(
+    client: TestClient, database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def away(*_: object) -> None:
+        raise ConnectionError("PostgreSQL is away")
+
     with client:
         slug = _shorten(client)
-        client.get(f"/{slug}")
-        client.get(f"/{slug}")
-
-    database.execute("SELECT visits FROM links WHERE slug = %s", (slug,))
-    assert database.fetchone() == (2,)
+        with monkeypatch.context() as patched:
+            patched.setattr(Links, "save", away)
+            client.get(f"/{slug}")
+            client.get(f"/{slug}")
+    with client:
+        _until(lambda: client.get("/reports/top").json()[0]["visits"] == 2)
+    with Redis.from_url(redis_url) as redis:
+        assert redis.xlen("visits") == 0
 
 
 @on_each_loop
@@ -209,10 +252,7 @@ def test_every_connection_is_gone_after_the_stop(
         assert in_postgres > 1  # of two pools
         assert in_valkey > 0
 
-    until = time.monotonic() + 100  # a server sees the end of a connection a little later
-    while connections() != (0, 0) and time.monotonic() < until:
-        pass
-    assert connections() == (0, 0)
+    _until(lambda: connections() == (0, 0))  # a server sees the end of a connection a little later
 
 
 def test_it_starts_no_server_where_the_environment_names_one(client: TestClient) -> None:
@@ -242,11 +282,13 @@ def _assert_tells_all(output: str) -> None:
     start, answers, stop = re.split(r"\n\n", output.strip(), maxsplit=2)
     names = ["cache", "db", "links", "postgres", "reports", "schema", "settings", "valkey"]
     for picture in (start, stop):
-        assert sorted(re.findall(r"^  (\w+) +│", picture, re.MULTILINE)) == names
+        assert {*names} <= {*re.findall(r"^  (\w+) +│", picture, re.MULTILINE)}
     assert start.startswith("start of shortener in ")
     assert "stop of shortener in " in stop
-    statuses = re.findall(r"^(?:GET |POST) /\S* +(\d+) ", answers, re.MULTILINE)
-    assert statuses == ["201", "201", "307", "307", "307", "404", "200"]
+    statuses = re.findall(r"^(?:GET |POST) /\S* +(\d+)\b", answers, re.MULTILINE)
+    assert statuses == ["201", "201", "307", "307", "307", "404", "200", "200"]
+    assert "save_visits failed, and is run again in 0." in answers
+    assert re.search(r'^  data: .*"visits": 2.*"visits": 1.*', answers, re.MULTILINE)
 
 
 def test_the_demo_prints_its_answers_and_both_timelines(database_url: str, redis_url: str) -> None:
@@ -255,6 +297,7 @@ def test_the_demo_prints_its_answers_and_both_timelines(database_url: str, redis
 
     assert demo.returncode == 0, output
     _assert_tells_all(output)
+    assert "\nSIGTERM, while that goes on\nit has ended\n" in output
 
 
 def test_a_demo_that_stays_ends_with_ctrl_c_and_leaves_no_process() -> None:

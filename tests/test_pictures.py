@@ -7,11 +7,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from shortener.resources import registry as shortener
 
 from .pages import DOCS, PAGES
 from .pictures.graph import Edge, draw
-from .pictures.runs import PICTURES, SHORTENER
+from .pictures.runs import PICTURES, SHORTENER, shortener_resources
 from .pictures.svg import BLUE
 
 IMAGES = DOCS / "images"
@@ -40,7 +39,7 @@ def test_a_picture_drawn_twice_is_the_same(name: str) -> None:
 
 
 def test_the_timeline_is_of_the_resources_that_the_example_has() -> None:
-    assert list(SHORTENER) == [each.name for each in shortener.plan().resources]
+    assert list(SHORTENER) == [each.name for each in shortener_resources()]
 
 
 @pytest.mark.parametrize("name", HERE)

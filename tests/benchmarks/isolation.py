@@ -126,6 +126,7 @@ asyncio_mode = auto
 asyncio_default_test_loop_scope = {scope}
 asyncio_default_fixture_loop_scope = {scope}
 lifekit_app = shortener.main:app
+lifekit_workers = false
 """
 TIMING = """
 import gc

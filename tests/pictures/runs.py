@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 from shortener.resources import registry as shortener
 
-from lifekit import Registry, Resource, ShutdownError
+from lifekit import Registry, Resource, ShutdownError, Worker
 from lifekit._core.timeline import Timeline
 
 from ..virtual_time import run
@@ -67,13 +67,18 @@ def _panel(title: str, timeline: Timeline) -> Panel:
 # -- the example application -----------------------------------------------------------------------
 
 
+def shortener_resources() -> list[Resource[Any]]:
+    """All that it declares, but for its workers."""
+    return [each for each in shortener.plan().resources if not isinstance(each, Worker)]
+
+
 def shortener_graph() -> str:
     """What each resource of the example is built from."""
-    plan = shortener.plan()
-    names = [resource.name for resource in plan.resources]
+    resources = shortener_resources()
+    names = [resource.name for resource in resources]
     edges = [
         Edge(other.name, resource.name, ordered=other not in resource.needs)
-        for resource in plan.resources
+        for resource in resources
         for other in (*resource.needs, *resource.after)
     ]
     return draw("shortener-graph", "The resources of the example application", names, edges)
@@ -82,7 +87,7 @@ def shortener_graph() -> str:
 def shortener_timeline() -> str:
     """How the example starts and stops."""
     registry, handles = Registry("shortener"), dict[str, Resource[Any]]()
-    for each in shortener.plan().resources:
+    for each in shortener_resources():
         needs = [handles[need.name] for need in each.needs]
         after = [handles[other.name] for other in each.after]
         declare: Any = registry.resource(*needs, after=after, name=each.name)

@@ -1,1 +1,1 @@
-"""A URL shortener: links in PostgreSQL, cached and counted in Redis, reports through aiopg."""
+"""A URL shortener: links in PostgreSQL, cached in Redis, whose visits a worker counts."""

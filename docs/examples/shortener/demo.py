@@ -2,13 +2,19 @@
 
 import argparse
 import asyncio
+import json
+import signal
 import socket
 from contextlib import suppress
+from unittest.mock import patch
 
 import httpx2
 import uvicorn
 
+from .links import Links, Visits
 from .main import app
+
+PAGES = ("https://www.python.org/", "https://www.postgresql.org/")
 
 
 class Demo(uvicorn.Server):
@@ -24,35 +30,64 @@ class Demo(uvicorn.Server):
         if self.should_exit:  # Ctrl-C came early
             return
         host, port = self.servers[0].sockets[0].getsockname()
-        await visit(f"http://{host}:{port}")
+        async with httpx2.AsyncClient(base_url=f"http://{host}:{port}") as client:
+            await visit(client)
+            await watch(client, stay=self.stay)
         if self.stay:
             print(f"Serving http://{host}:{port}/docs until Ctrl-C", flush=True)
-        else:
-            self.should_exit = True
 
 
-async def visit(url: str) -> None:
+async def visit(client: httpx2.AsyncClient) -> None:
     """Make some requests, and print each with its answer."""
-    async with httpx2.AsyncClient(base_url=url) as client:
 
-        async def ask(method: str, path: str, body: object = None) -> httpx2.Response:
-            answer = await client.request(method, path, json=body)
-            said = answer.headers.get("location") or answer.text
-            print(f"{method:4} {path:12} {answer.status_code} {said}")
-            return answer
+    async def ask(method: str, path: str, body: object = None) -> httpx2.Response:
+        answer = await client.request(method, path, json=body)
+        said = answer.headers.get("location") or answer.text
+        print(f"{method:4} {path:14} {answer.status_code} {said}", flush=True)
+        return answer
 
-        print()
-        slugs: list[str] = []
-        for page in ("https://www.python.org/", "https://www.postgresql.org/"):
-            slugs.append((await ask("POST", "/links", {"url": page})).json()["slug"])
-        for slug in (*slugs, slugs[0], "unknown"):
-            await ask("GET", f"/{slug}")
-        await ask("GET", "/reports/top")
-        print()
+    print()
+    slugs: list[str] = []
+    for page in PAGES:
+        slugs.append((await ask("POST", "/links", {"url": page})).json()["slug"])
+    for slug in (*slugs, slugs[0], "unknown"):
+        await ask("GET", f"/{slug}")
+    await ask("GET", "/health/readyz")
+
+
+async def watch(client: httpx2.AsyncClient, *, stay: bool) -> None:
+    """Print the report until it has all visits; then let SIGTERM end it, unless this is to *stay*."""
+    async with client.stream("GET", "/reports/live") as report:
+        print(f"GET  /reports/live  {report.status_code}", flush=True)
+        lines = report.aiter_lines()
+        async for line in lines:
+            if line:
+                print(f"  {line}", flush=True)
+                links = json.loads(line.removeprefix("data: "))
+                if sum(link["visits"] for link in links) >= 3:
+                    break
+        if not stay:
+            print("SIGTERM, while that goes on", flush=True)
+            signal.raise_signal(signal.SIGTERM)
+            async for _ in lines:
+                pass
+            print("it has ended", flush=True)
+    print(flush=True)
+
+
+async def fail(links: Links, visits: Visits) -> None:
+    """Stand in for `Links.save`, once: as if PostgreSQL were not reached."""
+    first.stop()
+    raise ConnectionError("PostgreSQL is not reached, this once")
+
+
+first = patch.object(Links, "save", fail)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="shortener.demo")
     parser.add_argument("--stay", action="store_true", help="serve until Ctrl-C")
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end
+    first.start()
     with suppress(KeyboardInterrupt):
         asyncio.run(Demo(**vars(parser.parse_args())).serve())

@@ -1,6 +1,8 @@
 """What the application is about."""
 
 import secrets
+from collections import Counter
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 import asyncpg
@@ -8,47 +10,58 @@ import redis.asyncio as redis
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS links (
-    slug   text PRIMARY KEY,
-    url    text NOT NULL,
-    visits bigint NOT NULL DEFAULT 0
+    slug    text PRIMARY KEY,
+    url     text NOT NULL,
+    visits  bigint NOT NULL DEFAULT 0,
+    expires timestamptz
 )
 """
 
+Visits = list[tuple[str, dict[str, str]]]
+"""Entries of the stream: the id of each, and what it says."""
+
 
 class Links:
-    """Short links, kept in PostgreSQL, remembered and counted in Redis."""
+    """Short links, kept in PostgreSQL and remembered in Redis, where a stream has their visits."""
 
     def __init__(self, db: asyncpg.Pool, cache: redis.Redis) -> None:
         self.db = db
         self.cache = cache
 
-    async def create(self, url: str) -> str:
-        """Keep *url* and return its slug."""
+    async def create(self, url: str, days: int | None = None) -> str:
+        """Keep *url*, for ever or for some days, and return its slug."""
         slug = secrets.token_urlsafe(6)
-        await self.db.execute("INSERT INTO links (slug, url) VALUES ($1, $2)", slug, url)
+        await self.db.execute(
+            "INSERT INTO links (slug, url, expires) VALUES ($1, $2, now() + $3 * interval '1 day')",
+            slug,
+            url,
+            days,
+        )
         return slug
 
     async def follow(self, slug: str) -> str | None:
-        """Return where *slug* leads, or None, and count the visit."""
+        """Return where *slug* leads, or None, and note the visit."""
+        url: str | None = None
         with suppress(redis.ConnectionError):  # without its cache it is slower, and does not count
-            cached = await self.cache.get(f"url:{slug}")
-            if cached is not None:
-                await self.cache.hincrby("visits", slug)
-                return str(cached)
-        url: str | None = await self.db.fetchval("SELECT url FROM links WHERE slug = $1", slug)
+            url = await self.cache.get(f"url:{slug}")
+        if url is None:
+            url = await self.db.fetchval("SELECT url FROM links WHERE slug = $1", slug)
         if url is not None:
             with suppress(redis.ConnectionError):
-                await self.cache.set(f"url:{slug}", url, ex=3600)
-                await self.cache.hincrby("visits", slug)
+                await self.cache.set(f"url:{slug}", url, ex=60)
+                await self.cache.xadd("visits", {"slug": slug})
         return url
 
-    async def save_visits(self) -> None:
-        """Move the visits counted so far from Redis to PostgreSQL."""
-        async with self.cache.pipeline() as both:
-            both.hgetall("visits")
-            both.delete("visits")
-            visits, _ = await both.execute()
+    async def visits(self) -> AsyncGenerator[Visits]:
+        """Yield the visits that are not saved, and then those that come, some at a time."""
+        while True:
+            if await self.cache.xread({"visits": "0"}, count=1, block=1000):
+                yield await self.cache.xrange("visits", count=1000)
+
+    async def save(self, visits: Visits) -> None:
+        """Count *visits* in PostgreSQL; only then does the stream forget them."""
+        counts = Counter(visit["slug"] for _, visit in visits)
         await self.db.executemany(
-            "UPDATE links SET visits = visits + $2 WHERE slug = $1",
-            [(slug, int(count)) for slug, count in visits.items()],
+            "UPDATE links SET visits = visits + $2 WHERE slug = $1", counts.items()
         )
+        await self.cache.xdel("visits", *(entry for entry, _ in visits))

@@ -1,13 +1,12 @@
 """What the application is made of: each resource, and what it is built from."""
 
-from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 
 import aiopg
 import asyncpg
 import redis.asyncio as redis
 
-from lifekit import Registry, embedded
+from lifekit import Registry, embedded, stopping
 from lifekit.events import Event, Started, Stopped
 
 from .links import TABLES, Links
@@ -53,13 +52,22 @@ async def schema(db: asyncpg.Pool) -> None:
     await db.execute(TABLES)
 
 
-@registry.resource(postgres, after=(schema,))
+@registry.resource(postgres, after=(schema,), required=False)
 async def reports(postgres: embedded.Server) -> aiopg.Pool:
     return await aiopg.create_pool(postgres.url)
 
 
 @registry.resource(db, cache, after=(schema,))
-async def links(db: asyncpg.Pool, cache: redis.Redis) -> AsyncGenerator[Links]:
-    links = Links(db, cache)
-    yield links
-    await links.save_visits()  # db and cache are open until this is done
+def links(db: asyncpg.Pool, cache: redis.Redis) -> Links:
+    return Links(db, cache)
+
+
+@registry.worker(links, leader=db, drain=5.0)  # in one process of several
+async def save_visits(links: Links) -> None:
+    async for visits in stopping().until(links.visits()):
+        await links.save(visits)
+
+
+@registry.worker(db, every=60.0)
+async def remove_expired(db: asyncpg.Pool) -> None:
+    await db.execute("DELETE FROM links WHERE expires < now()")

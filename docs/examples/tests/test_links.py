@@ -1,7 +1,9 @@
 """The shortener's own tests: real PostgreSQL, real Valkey, and nothing to clean up."""
 
-from typing import Any
+import asyncio
 
+import aiopg
+import pytest
 import redis.asyncio as redis
 from httpx2 import AsyncClient
 from shortener import resources
@@ -25,7 +27,7 @@ async def test_a_short_link_leads_to_its_page(client: AsyncClient) -> None:
 
 async def test_nothing_is_left_of_the_tests_before(lifespan: Lifespan) -> None:
     assert await lifespan[resources.db].fetch("SELECT * FROM links") == []
-    assert await lifespan[resources.cache].hgetall("visits") == {}
+    assert await lifespan[resources.cache].xrange("visits") == []
 
 
 async def test_rows_that_a_test_needs_are_put_in_by_the_pool_that_reads_them(
@@ -63,30 +65,61 @@ def fake_cache() -> redis.Redis:
 # Mock: it knows redis.Redis, so that a call which the real one refuses fails the test.
 
 
-async def test_each_visit_is_counted_once(client: AsyncClient, lifespan: Lifespan) -> None:
-    cache = mocked_cache()
+@pytest.mark.lifekit(workers=False)
+async def test_each_visit_is_noted_once(client: AsyncClient, lifespan: Lifespan) -> None:
+    cache = testing.mock(resources.cache)
     cache.get.return_value = URL
 
     async with lifespan.override(resources.cache, cache):
         await client.get("/cached")
 
-    cache.hincrby.assert_called_once_with("visits", "cached")
+    cache.xadd.assert_called_once_with("visits", {"slug": "cached"})
 
 
-def mocked_cache() -> Any:
-    cache = testing.mock(resources.cache)
-    cache.pipeline.return_value.execute.return_value = [{}, 0]  # no visits to save when links closes
-    return cache
+# A failing dependency: the application goes on without its cache, and without reports.
 
 
-# A failing dependency: the application goes on without its cache.
-
-
+@pytest.mark.lifekit(workers=False)
 async def test_without_the_cache_links_still_work(client: AsyncClient, lifespan: Lifespan) -> None:
     slug = (await client.post("/links", json={"url": URL})).json()["slug"]
-    cache = mocked_cache()
-    for command in (cache.get, cache.set, cache.hincrby):
+    cache = testing.mock(resources.cache)
+    for command in (cache.get, cache.set, cache.xadd):
         command.side_effect = redis.ConnectionError("down")
 
     async with lifespan.override(resources.cache, cache):
         assert (await client.get(f"/{slug}")).headers["location"] == URL
+
+
+async def test_without_reports_links_still_work(client: AsyncClient, lifespan: Lifespan) -> None:
+    async with lifespan.override(resources.reports, factory=away):
+        assert (await client.post("/links", json={"url": URL})).status_code == 201
+        assert (await client.get("/reports/top")).status_code == 503
+
+
+def away() -> aiopg.Pool:
+    raise ConnectionRefusedError("the server of the reports is away")
+
+
+# Workers run while a test does; `workers=False` leaves them out, `run_once` runs one by hand.
+
+
+async def test_a_worker_counts_the_visits(client: AsyncClient) -> None:
+    slug = (await client.post("/links", json={"url": URL})).json()["slug"]
+    await client.get(f"/{slug}")
+
+    async with asyncio.timeout(60):
+        while (await client.get("/reports/top")).json()[0]["visits"] < 1:
+            pass
+
+
+@pytest.mark.lifekit(workers=False)
+async def test_a_link_that_has_expired_is_removed(client: AsyncClient, lifespan: Lifespan) -> None:
+    brief, lasting = [
+        (await client.post("/links", json={"url": URL, "days": days})).json()["slug"]
+        for days in (1, None)
+    ]
+    await lifespan[resources.db].execute("UPDATE links SET expires = expires - interval '2 days'")
+    await lifespan.run_once(resources.remove_expired)
+
+    assert (await client.get(f"/{brief}")).status_code == 404
+    assert (await client.get(f"/{lasting}")).status_code == 307
