@@ -272,6 +272,16 @@ def log(event: Event) -> None:
             )
         case Terminated():
             logger.warning(f"{event.resource} terminated")
+        case Started() | Stopped():
+            logger.info(event.timeline.title)
+        case WorkerFailed() | Leading() | LeadershipLost() | Crashed():
+            _log_work(event)
+        case _:
+            logger.debug(f"{event.registry}: {event}")
+
+
+def _log_work(event: WorkerFailed | Leading | LeadershipLost | Crashed) -> None:
+    match event:
         case WorkerFailed(delay=delay):
             follows = "not run again" if delay is None else f"run again in {delay:.2f} s"
             logger.error(
@@ -291,7 +301,3 @@ def log(event: Event) -> None:
             )
         case Crashed(error=BaseException() as error):
             logger.critical(f"{event.resource} crashed: {summary(error)}; {_FOLLOWS[event.on_crash]}")
-        case Started() | Stopped():
-            logger.info(event.timeline.title)
-        case _:
-            logger.debug(f"{event.registry}: {event}")
