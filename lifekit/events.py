@@ -272,6 +272,19 @@ def log(event: Event) -> None:
             )
         case Terminated():
             logger.warning(f"{event.resource} terminated")
+        case Started() | Stopped():
+            logger.info(event.timeline.title)
+        case WorkerFailed() | Leading() | LeadershipLost() | Crashed():
+            _log_work(event)
+        case _:
+            logger.debug(f"{event.registry}: {event}")
+
+
+_SCOPE_DIED = "a task group or another scope that it holds was cancelled while it was open"
+
+
+def _log_work(event: WorkerFailed | Leading | LeadershipLost | Crashed) -> None:
+    match event:
         case WorkerFailed(delay=delay):
             follows = "not run again" if delay is None else f"run again in {delay:.2f} s"
             logger.error(
@@ -284,14 +297,6 @@ def log(event: Event) -> None:
             logger.warning(
                 f"{event.resource} leads no more, is cancelled, and waits to lead again: {event.reason}"
             )
-        case Crashed(error=None):
-            logger.critical(
-                f"{event.resource} crashed: a task group or another scope that it holds was cancelled "
-                f"while it was open; {_FOLLOWS[event.on_crash]}"
-            )
-        case Crashed(error=BaseException() as error):
-            logger.critical(f"{event.resource} crashed: {summary(error)}; {_FOLLOWS[event.on_crash]}")
-        case Started() | Stopped():
-            logger.info(event.timeline.title)
-        case _:
-            logger.debug(f"{event.registry}: {event}")
+        case Crashed():
+            why = summary(event.error) if event.error is not None else _SCOPE_DIED
+            logger.critical(f"{event.resource} crashed: {why}; {_FOLLOWS[event.on_crash]}")
