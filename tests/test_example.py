@@ -297,7 +297,7 @@ def test_the_demo_prints_its_answers_and_both_timelines(database_url: str, redis
 
     assert demo.returncode == 0, output
     _assert_tells_all(output)
-    assert "\nSIGTERM, while that goes on\nit has ended\n" in output
+    assert "\nSIGTERM, while that goes on: it has ended\n" in output
 
 
 def test_a_demo_that_stays_ends_with_ctrl_c_and_leaves_no_process() -> None:

@@ -98,7 +98,7 @@ class Stopping:
 
 
 _STEADY, _LOOKS = 3, 50
-"""For how many rounds of the loop a task waits for the same thing before it is cancelled; looks at most."""
+"""A task is cancelled that has waited for one thing for so many rounds of the loop; looks at most."""
 _AGAIN = 1.0
 """Seconds after which it is cancelled again."""
 
@@ -122,8 +122,8 @@ class _OnAsyncio:
             self._look()
 
     def _look(self) -> None:
-        # What has come would be lost by cancelling a task that waits no more. And asyncio.wait_for loses
-        # a cancellation, before Python 3.12, that comes when what it waits for has just come.
+        # What has come would be lost by cancelling a task that waits no more. And before Python 3.12,
+        # asyncio.wait_for loses a cancellation that comes when what it waits for has just come.
         if (task := self._task) is None:
             return
         waits_for = getattr(task, "_fut_waiter", None)

@@ -67,7 +67,7 @@ async def watch(client: httpx2.AsyncClient, *, stay: bool) -> None:
                 if sum(link["visits"] for link in links) >= 3:
                     break
         if not stay:
-            print("SIGTERM, while that goes on", flush=True)
+            print("SIGTERM, while that goes on:", end=" ", flush=True)
             signal.raise_signal(signal.SIGTERM)
             async for _ in lines:
                 pass
@@ -87,7 +87,7 @@ first = patch.object(Links, "save", fail)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="shortener.demo")
     parser.add_argument("--stay", action="store_true", help="serve until Ctrl-C")
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again at its end
     first.start()
     with suppress(KeyboardInterrupt):
         asyncio.run(Demo(**vars(parser.parse_args())).serve())

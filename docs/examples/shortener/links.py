@@ -4,6 +4,7 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from typing import Any
 
 import asyncpg
 import redis.asyncio as redis
@@ -29,7 +30,7 @@ class Links:
         self.cache = cache
 
     async def create(self, url: str, days: int | None = None) -> str:
-        """Keep *url*, for ever or for some days, and return its slug."""
+        """Keep *url*, forever or for some days, and return its slug."""
         slug = secrets.token_urlsafe(6)
         await self.db.execute(
             "INSERT INTO links (slug, url, expires) VALUES ($1, $2, now() + $3 * interval '1 day')",
@@ -43,7 +44,8 @@ class Links:
         """Return where *slug* leads, or None, and note the visit."""
         url: str | None = None
         with suppress(redis.ConnectionError):  # without its cache it is slower, and does not count
-            url = await self.cache.get(f"url:{slug}")
+            cached = await self.cache.get(f"url:{slug}")
+            url = str(cached) if cached is not None else None
         if url is None:
             url = await self.db.fetchval("SELECT url FROM links WHERE slug = $1", slug)
         if url is not None:
@@ -56,7 +58,8 @@ class Links:
         """Yield the visits that are not saved, and then those that come, some at a time."""
         while True:
             if await self.cache.xread({"visits": "0"}, count=1, block=1000):
-                yield await self.cache.xrange("visits", count=1000)
+                visits: Any = await self.cache.xrange("visits", count=1000)
+                yield visits
 
     async def save(self, visits: Visits) -> None:
         """Count *visits* in PostgreSQL; only then does the stream forget them."""
