@@ -185,6 +185,18 @@ class Started(_Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StopNoticed(_Event):
+    """The application is to stop: *reason* is the signal, or what ``stop()`` was given.
+
+    It comes before the server drains its connections, and never where the lifespan is simply left.
+    """
+
+    reason: str
+    from_outside: bool
+    """Whether the process was told, by a signal; else the application asked for it, or has crashed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stopping(_Event):
     """The closing begins: of a lifespan that ends, or of what had opened before a failed start."""
 
@@ -207,6 +219,7 @@ Event = (
     | Opened
     | OpenFailed
     | Started
+    | StopNoticed
     | Stopping
     | Closing
     | CloseFailed
@@ -227,6 +240,7 @@ _FOLLOWS: dict[OnCrash, str] = {
     "unready": "the application is not ready any more",
     "ignore": "the application goes on without it",
 }
+_NO_WORD = "a task group or another scope that it holds was cancelled while it was open"
 
 
 def log(event: Event) -> None:
@@ -272,6 +286,19 @@ def log(event: Event) -> None:
             )
         case Terminated():
             logger.warning(f"{event.resource} terminated")
+        case WorkerFailed() | Leading() | LeadershipLost() | Crashed():
+            _log_work(event)
+        case StopNoticed():
+            level = logging.INFO if event.from_outside else logging.WARNING
+            logger.log(level, f"{event.registry} is asked to stop: {event.reason}")
+        case Started() | Stopped():
+            logger.info(event.timeline.title)
+        case _:
+            logger.debug(f"{event.registry}: {event}")
+
+
+def _log_work(event: WorkerFailed | Leading | LeadershipLost | Crashed) -> None:
+    match event:
         case WorkerFailed(delay=delay):
             follows = "not run again" if delay is None else f"run again in {delay:.2f} s"
             logger.error(
@@ -284,14 +311,6 @@ def log(event: Event) -> None:
             logger.warning(
                 f"{event.resource} leads no more, is cancelled, and waits to lead again: {event.reason}"
             )
-        case Crashed(error=None):
-            logger.critical(
-                f"{event.resource} crashed: a task group or another scope that it holds was cancelled "
-                f"while it was open; {_FOLLOWS[event.on_crash]}"
-            )
-        case Crashed(error=BaseException() as error):
-            logger.critical(f"{event.resource} crashed: {summary(error)}; {_FOLLOWS[event.on_crash]}")
-        case Started() | Stopped():
-            logger.info(event.timeline.title)
-        case _:
-            logger.debug(f"{event.registry}: {event}")
+        case Crashed():
+            cause = _NO_WORD if event.error is None else summary(event.error)
+            logger.critical(f"{event.resource} crashed: {cause}; {_FOLLOWS[event.on_crash]}")
