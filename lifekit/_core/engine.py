@@ -522,6 +522,7 @@ class Engine(Nodes):
             seconds = _between(node.close_began, node.closed_at)
             self.tell(events.Closed, node.resource.name, seconds, node.clean)
         if node.worker is not None:
+            node.notice.forget()
             if node.worker.state != "crashed":
                 node.worker.state = "ended"
             if self._teller.heard:

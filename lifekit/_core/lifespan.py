@@ -545,6 +545,7 @@ class Lifespan(Mapping[str, Any]):
             registry.running[self.loop] = (*registry.running.get(self.loop, ()), self)
 
     def _retract(self) -> None:
+        self.stopping.forget()
         if self._gateway is not None:
             self._gateway.finish()
         if self._sandboxing is not None:
