@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from contextvars import Token
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
@@ -346,7 +347,7 @@ class Lifespan(Mapping[str, Any]):
             return
         root._stop_asked = True
         why = redact(reason) if reason else "no reason given"
-        events.logger.warning(f"{self.registry.name} is asked to stop: {why}")
+        root._engine.tell(events.StopNoticed, why, False)
         root.stopping.set()
         if not root._engine.ready.is_set():
             root._engine.stop()
@@ -383,11 +384,18 @@ class Lifespan(Mapping[str, Any]):
         """Whether something has crashed that it does not serve without."""
         return any(layer.has_crashed() for layer in self._layers())
 
-    def _notice(self) -> None:
-        # Called by a signal handler, amid anything.
+    def _notice(self, reason: str) -> None:
+        # Called by a signal handler, amid anything; by Hypercorn's event again and again.
+        if self.stopping.is_set():
+            return
         self.stopping.mark()
         with suppress(RuntimeError):  # the loop was closed
-            self._soon(self.stopping.set)
+            self._soon(partial(self._noticed, reason))
+
+    def _noticed(self, reason: str) -> None:
+        if self._engine is not None and not self._engine.stopping:
+            self._engine.tell(events.StopNoticed, reason, True)
+        self.stopping.set()
 
     # -- what changes while it runs -------------------------------------------------------------
 
@@ -537,6 +545,7 @@ class Lifespan(Mapping[str, Any]):
             registry.running[self.loop] = (*registry.running.get(self.loop, ()), self)
 
     def _retract(self) -> None:
+        self.stopping.forget()
         if self._gateway is not None:
             self._gateway.finish()
         if self._sandboxing is not None:
