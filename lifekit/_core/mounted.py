@@ -56,7 +56,7 @@ class _Conversation:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[dict[str, Any]]:
-        failure: Exception | None = None
+        failure: BaseException | None = None
         # A task of its own: the scopes that the application holds open it leaves where it entered them.
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._talk)
@@ -65,7 +65,7 @@ class _Conversation:
                 _run.append(self._app)
                 try:
                     yield self._state
-                except Exception as error:
+                except (Exception, KeyboardInterrupt, SystemExit) as error:
                     failure = error  # out of the group, which would wrap it
                 finally:
                     _run.remove(self._app)
