@@ -185,6 +185,18 @@ class Started(_Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StopNoticed(_Event):
+    """The application is to stop: *reason* is the signal, or what ``stop()`` was given.
+
+    It comes before the server drains its connections, and never where the lifespan is simply left.
+    """
+
+    reason: str
+    from_outside: bool
+    """Whether the process was told, by a signal; else the application asked for it, or has crashed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stopping(_Event):
     """The closing begins: of a lifespan that ends, or of what had opened before a failed start."""
 
@@ -207,6 +219,7 @@ Event = (
     | Opened
     | OpenFailed
     | Started
+    | StopNoticed
     | Stopping
     | Closing
     | CloseFailed
@@ -227,6 +240,7 @@ _FOLLOWS: dict[OnCrash, str] = {
     "unready": "the application is not ready any more",
     "ignore": "the application goes on without it",
 }
+_NO_WORD = "a task group or another scope that it holds was cancelled while it was open"
 
 
 def log(event: Event) -> None:
@@ -272,15 +286,15 @@ def log(event: Event) -> None:
             )
         case Terminated():
             logger.warning(f"{event.resource} terminated")
-        case Started() | Stopped():
-            logger.info(event.timeline.title)
         case WorkerFailed() | Leading() | LeadershipLost() | Crashed():
             _log_work(event)
+        case StopNoticed():
+            level = logging.INFO if event.from_outside else logging.WARNING
+            logger.log(level, f"{event.registry} is asked to stop: {event.reason}")
+        case Started() | Stopped():
+            logger.info(event.timeline.title)
         case _:
             logger.debug(f"{event.registry}: {event}")
-
-
-_SCOPE_DIED = "a task group or another scope that it holds was cancelled while it was open"
 
 
 def _log_work(event: WorkerFailed | Leading | LeadershipLost | Crashed) -> None:
@@ -298,5 +312,5 @@ def _log_work(event: WorkerFailed | Leading | LeadershipLost | Crashed) -> None:
                 f"{event.resource} leads no more, is cancelled, and waits to lead again: {event.reason}"
             )
         case Crashed():
-            why = summary(event.error) if event.error is not None else _SCOPE_DIED
-            logger.critical(f"{event.resource} crashed: {why}; {_FOLLOWS[event.on_crash]}")
+            cause = _NO_WORD if event.error is None else summary(event.error)
+            logger.critical(f"{event.resource} crashed: {cause}; {_FOLLOWS[event.on_crash]}")

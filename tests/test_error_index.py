@@ -225,7 +225,7 @@ def test_every_message_on_the_page_is_one_of_lifekits() -> None:
     assert not others, "\n".join(others)
 
 
-PUT_IN = {"close", "name", "resources"}
+PUT_IN = {"close", "name", "resources", "SIGTERM"}
 """Words that lifekit's messages put in, from elsewhere than a text."""
 
 

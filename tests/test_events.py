@@ -133,7 +133,8 @@ def test_each_kind_of_event_carries_what_its_type_says() -> None:
         events.WorkerEnded,
         events.Crashed,
     }
-    assert set(told) == set(get_args(events.Event)) - {events.Started} - of_work - of_change
+    of_others = {events.Started, events.StopNoticed}
+    assert set(told) == set(get_args(events.Event)) - of_others - of_work - of_change
     by_name = {named(event): event for event in heard}
     assert by_name["Opened", "fine"] == events.Opened("app", "fine", 1.0, "str")
     closed = by_name["Closed", "fine"]

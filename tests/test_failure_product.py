@@ -92,7 +92,7 @@ class World:
                 self.log.append(("CloseFailed", event.resource, event.phase, type(event.error)))
             case events.Closed():
                 self.log.append(("Closed", event.resource, event.clean))
-            case events.Started() | events.Stopping() | events.Stopped():
+            case events.Started() | events.StopNoticed() | events.Stopping() | events.Stopped():
                 self.log.append((type(event).__name__,))
             case _:
                 self.log.append((type(event).__name__, event.resource))

@@ -303,6 +303,7 @@ def test_the_events_are_these_with_these_fields() -> None:
         "Opened": [*of_resource, "seconds", "description"],
         "OpenFailed": [*of_resource, "seconds", "error"],
         "Started": ["registry", "lifespan", "timeline"],
+        "StopNoticed": ["registry", "lifespan", "reason", "from_outside"],
         "Stopping": ["registry", "lifespan"],
         "Closing": of_resource,
         "CloseFailed": [*of_resource, "phase", "error"],

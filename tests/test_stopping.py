@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import threading
@@ -16,7 +17,16 @@ from anyio.lowlevel import checkpoint
 from fastapi import Depends, FastAPI
 
 import lifekit
-from lifekit import CrashError, Lifespan, NotOpenError, Registry, ShutdownError, Stopping, testing
+from lifekit import (
+    CrashError,
+    Lifespan,
+    NotOpenError,
+    Registry,
+    ShutdownError,
+    Stopping,
+    events,
+    testing,
+)
 
 from .virtual_time import run
 
@@ -56,6 +66,34 @@ async def test_a_signal_is_the_notice_and_the_servers_handler_hears_it_too(heard
         signal.raise_signal(signal.SIGINT)
     assert heard == ["SIGTERM", "SIGTERM", "SIGINT"]
     assert signal.getsignal(signal.SIGTERM) is found
+
+
+async def test_the_notice_is_an_event_with_its_reason_before_the_stop(
+    heard: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[events.Event] = []
+    registry = Registry("shop", on_event=told.append)
+    caplog.set_level(logging.INFO, "lifekit")
+    async with registry.lifespan() as lifespan:
+        for _ in range(2):  # a second signal is no other notice
+            signal.raise_signal(signal.SIGTERM)
+        with anyio.fail_after(20):
+            await lifespan.stopping.wait()
+    async with registry.lifespan() as lifespan:
+        lifespan.stop("redis://:secret@host is gone")
+        await anyio.sleep_forever()
+    async with registry.lifespan():
+        pass  # it is left, and nobody asks for that
+    asked = "redis://:***@host is gone"
+    notices = [event for event in told if isinstance(event, events.StopNoticed)]
+    assert [(each.reason, each.from_outside) for each in notices] == [("SIGTERM", True), (asked, False)]
+    kinds = [type(event) for event in told]
+    assert kinds[1:3] == [events.StopNoticed, events.Stopping]
+    lines = [(each.levelname, each.message) for each in caplog.records if "asked" in each.message]
+    assert lines == [
+        ("INFO", "shop is asked to stop: SIGTERM"),
+        ("WARNING", f"shop is asked to stop: {asked}"),
+    ]
 
 
 async def test_handlers_are_put_back_by_the_last_one_and_a_newer_one_stays(heard: list[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from lifekit import LifekitError, Registry, Resource, StartupError
+from lifekit import LifekitError, Registry, Resource, StartupError, events, stopping
 from lifekit._core.timeline import Span, Timeline, timeline
 
 from .virtual_time import run
@@ -162,6 +162,32 @@ stop of diamond in 90.000 s, 4 resources (█ critical path)
   left  │           ████████████████                     │ 30.000 s
   base  │                           █████████████████████│ 40.000 s"""
     )
+
+
+@both
+def test_workers_are_in_both_pictures_and_make_no_start_longer(backend: str) -> None:
+    started: list[events.Event] = []
+    registry = Registry("working", close_timeout=1000, grace=1000, on_event=started.append)
+
+    @registry.worker(drain=100)
+    async def early() -> None:
+        await stopping().wait()
+        await anyio.sleep(30)
+
+    @registry.resource
+    async def db() -> AsyncGenerator[str]:
+        await anyio.sleep(10)
+        yield "db"
+        await anyio.sleep(20)
+
+    @registry.worker(db)
+    async def late(_: str) -> None: ...
+
+    start, stop = pictures(registry, backend)
+    assert rounded(start) == [("db", 0, 10), ("early", 10, 10), ("late", 10, 10)]
+    assert start.critical_path == ("db",)
+    assert [event.timeline for event in started if isinstance(event, events.Started)] == [start]
+    assert ("early", 0, 30) in rounded(stop)
 
 
 @both

@@ -333,16 +333,20 @@ class Engine(Nodes):
             self._all_open()
 
     def _all_open(self) -> None:
-        if not self.ready.is_set():
+        begins = not self.ready.is_set()
+        if begins and not self._may_work():
+            self.due.clear()
+        due = self.nodes if self.due else ()
+        workers = [node for node in due if node.resource in self.due and node.pending == 0]
+        if begins:
             self.time.clear()
+            for node in workers:
+                node.open_began = node.opened_at = self.now()
             if self._teller.heard:
                 self.tell(events.Started, self.start_timeline())
             self.ready.set()
-            if not self._may_work():
-                self.due.clear()
-        for node in self.nodes if self.due else ():
-            if node.resource in self.due and node.pending == 0:
-                self._begin_to_work(node)
+        for node in workers:
+            self._begin_to_work(node)
         self.pauses.all_open()
 
     # -- workers ----------------------------------------------------------------------------------
@@ -518,6 +522,7 @@ class Engine(Nodes):
             seconds = _between(node.close_began, node.closed_at)
             self.tell(events.Closed, node.resource.name, seconds, node.clean)
         if node.worker is not None:
+            node.notice.forget()
             if node.worker.state != "crashed":
                 node.worker.state = "ended"
             if self._teller.heard:
@@ -541,7 +546,7 @@ class Engine(Nodes):
         if now is not node:  # it was renewed, or was to be
             self.own.remove(node)
             self.renewals.ended(node)
-            if now.worker is not None:
+            if now.worker is not None and not now.rests:
                 self.awaits([now])
         elif node.away:
             self.absences.ended(node)

@@ -286,6 +286,8 @@ def without(error: BaseException, kind: type[BaseException]) -> BaseException | 
 
     A group's own class, which may be broken, is asked nothing.
     """
+    if not is_a(error, BaseExceptionGroup):
+        return None if is_a(error, kind) else error
     left, seen = [error], set[int]()
     rest: list[BaseException] = []
     taken_out = False

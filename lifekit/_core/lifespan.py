@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from contextvars import Token
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
@@ -205,8 +206,7 @@ class Lifespan(Mapping[str, Any]):
             StartupError: Something failed to open; what had opened is closed again.
             LifekitError: It has run before, or its event loop ended while it started.
         """
-        if self._engine is not None:
-            raise LifekitError(f"the lifespan made at {self.location} has run: make another one")
+        self.refuse_again()
         from .engine import Engine  # here, so that `import lifekit` costs an import of little
 
         registry = self.registry
@@ -257,6 +257,11 @@ class Lifespan(Mapping[str, Any]):
             self.start.is_up(self)
             self._ending.begin(entering)
         return self
+
+    def refuse_again(self) -> None:
+        """Refuse to run a second time."""
+        if self._engine is not None:
+            raise LifekitError(f"the lifespan made at {self.location} has run: make another one")
 
     async def __aexit__(
         self,
@@ -346,7 +351,7 @@ class Lifespan(Mapping[str, Any]):
             return
         root._stop_asked = True
         why = redact(reason) if reason else "no reason given"
-        events.logger.warning(f"{self.registry.name} is asked to stop: {why}")
+        root._engine.tell(events.StopNoticed, why, False)
         root.stopping.set()
         if not root._engine.ready.is_set():
             root._engine.stop()
@@ -383,11 +388,18 @@ class Lifespan(Mapping[str, Any]):
         """Whether something has crashed that it does not serve without."""
         return any(layer.has_crashed() for layer in self._layers())
 
-    def _notice(self) -> None:
-        # Called by a signal handler, amid anything.
+    def _notice(self, reason: str) -> None:
+        # Called by a signal handler, amid anything; by Hypercorn's event again and again.
+        if self.stopping.is_set():
+            return
         self.stopping.mark()
         with suppress(RuntimeError):  # the loop was closed
-            self._soon(self.stopping.set)
+            self._soon(partial(self._noticed, reason))
+
+    def _noticed(self, reason: str) -> None:
+        if self._engine is not None and not self._engine.stopping:
+            self._engine.tell(events.StopNoticed, reason, True)
+        self.stopping.set()
 
     # -- what changes while it runs -------------------------------------------------------------
 
@@ -537,6 +549,7 @@ class Lifespan(Mapping[str, Any]):
             registry.running[self.loop] = (*registry.running.get(self.loop, ()), self)
 
     def _retract(self) -> None:
+        self.stopping.forget()
         if self._gateway is not None:
             self._gateway.finish()
         if self._sandboxing is not None:

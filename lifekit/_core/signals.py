@@ -23,7 +23,7 @@ from lifekit._util.interrupts import SIGNALS, getsignal, set_handler, still_want
 
 Handler = Callable[[int, FrameType | None], Any]
 
-_listeners: dict[object, Callable[[], None]] = {}
+_listeners: dict[object, Callable[[str], None]] = {}
 _delays: dict[object, float] = {}
 _chained: list[tuple[int, Handler, Handler]] = []
 """Signals, our handlers, and those that they were chained in front of."""
@@ -79,8 +79,8 @@ class _Delay:
 _delay = _Delay()
 
 
-def listen(listener: object, told: Callable[[], None], delay: float = 0.0) -> None:
-    """Call *told* at SIGTERM and SIGINT, amid anything, until *listener* is forgotten.
+def listen(listener: object, told: Callable[[str], None], delay: float = 0.0) -> None:
+    """Call *told* with the name of SIGTERM or SIGINT, amid anything, until *listener* is forgotten.
 
     Where the server has a handler of SIGTERM, or is Hypercorn with workers, it hears of that *delay*
     seconds later. SIGINT is not delayed, nor what a server's event loop hears by its wakeup fd.
@@ -133,9 +133,9 @@ def _is_lost(listener: object) -> bool:
     return isinstance(loop, asyncio.AbstractEventLoop) and loop.is_closed()
 
 
-def _tell() -> None:
+def _tell(reason: str) -> None:
     for told in [*_listeners.values()]:
-        told()
+        told(reason)
 
 
 def _in_front_of(found: Any) -> Handler:
@@ -143,7 +143,7 @@ def _in_front_of(found: Any) -> Handler:
 
     def handle(number: int, frame: FrameType | None) -> object:
         if os.getpid() == process:  # a fork inherits it
-            _tell()
+            _tell(signal.Signals(number).name)
             if number == signal.SIGTERM and _delay.holds():
                 _delay.held += 1  # all that come meanwhile are passed on
                 return None
@@ -157,7 +157,7 @@ def _in_front_of(found: Any) -> Handler:
 def _asked_in_front_of(is_set: Callable[[], bool]) -> Callable[[], bool]:
     def asked() -> bool:
         if found := is_set():
-            _tell()
+            _tell("Hypercorn's shutdown event")
         return found and not _delay.holds()
 
     return asked

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterable, AsyncIterator, Coroutine
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
-from weakref import WeakSet
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -29,17 +28,16 @@ T = TypeVar("T")
 class Stopping:
     """Whether a lifespan is about to end. It is set once, and stays set."""
 
-    __slots__ = ("__weakref__", "_event", "_is_set", "_parts", "_waiting")
+    __slots__ = ("_event", "_is_set", "_parts", "_waiting", "_whole")
 
     def __init__(self, whole: Stopping | None = None) -> None:
         """Called by lifespans; one with a *whole* is set with that at the latest."""
         self._is_set = whole is not None and whole.is_set()
         self._event: anyio.Event | None = None
         self._waiting: set[_OnAsyncio | _OnTrio] = set()
-        self._parts: WeakSet[Stopping] | None = None
+        self._parts: set[Stopping] = set()
+        self._whole = whole
         if whole is not None:
-            if whole._parts is None:
-                whole._parts = WeakSet()
             whole._parts.add(self)
 
     def is_set(self) -> bool:
@@ -77,10 +75,15 @@ class Stopping:
         if (close := getattr(iterator, "aclose", None)) is not None:
             await close()
 
+    def forget(self) -> None:
+        """Be no part of the whole any more."""
+        if self._whole is not None:
+            self._whole._parts.discard(self)
+
     def mark(self) -> None:
         """Set it, and wake nobody yet: all that a signal handler may do."""
         self._is_set = True
-        for part in [*(self._parts or ())]:
+        for part in [*self._parts]:
             part.mark()
 
     def set(self) -> None:
@@ -90,7 +93,7 @@ class Stopping:
             self._event.set()
         for waiting in [*self._waiting]:
             waiting.cancel()
-        for part in [*(self._parts or ())]:
+        for part in [*self._parts]:
             part.set()
 
     def __repr__(self) -> str:

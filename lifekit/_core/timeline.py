@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 WIDTH = 48
@@ -62,12 +62,14 @@ def timeline(
     began: float,
     *,
     last_first: bool = False,
+    behind: Collection[int] = (),
 ) -> Timeline:
     """Build a timeline.
 
     *times* holds each resource's begin and end, None where there was none; *before* the positions of
     what each had to wait for; *began* is the time of the whole's begin, on the same clock.
     Of those that begin together the first declared comes first, or the last where *last_first*.
+    Those *behind* waited for all the others, and are on no critical path.
     """
     ran = {
         index: (begin, end)
@@ -75,7 +77,7 @@ def timeline(
         if begin is not None and end is not None
     }
     critical: set[int] = set()
-    latest = max(ran, key=lambda index: ran[index][1], default=None)
+    latest = max(ran.keys() - behind, key=lambda index: (ran[index][1], -index), default=None)
     while latest is not None:
         critical.add(latest)
         earlier = [index for index in before[latest] if index in ran]

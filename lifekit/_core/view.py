@@ -67,10 +67,12 @@ class View:
     def start_timeline(self) -> Timeline:
         """Return how the start went."""
         times = self.start_times or self.opening_times()
-        return timeline(f"start of {self.name}", self._names, times, self.plan.parents, self.began)
+        title, parents = f"start of {self.name}", self.plan.parents
+        workers = {node.index for node in self.nodes if node.worker is not None}
+        return timeline(title, self._names, times, parents, self.began, behind=workers)
 
     def opening_times(self) -> Times:
-        """Return when each began to open, and when it was open."""
+        """Return when each began to open, and when it was open; of workers when they began."""
         return [(node.open_began, node.opened_at) for node in self.nodes]
 
     def stop_timeline(self) -> Timeline:

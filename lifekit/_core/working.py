@@ -39,8 +39,11 @@ class Working(Life):
         self._told = ""
 
     async def _life(self) -> None:
-        with self.node.closing_scope:
-            await (self._work() if self._rules.leader is None else self._lead(self._rules.leader))
+        if self._rules.leader is None:
+            await self._work()
+        else:
+            with self.node.closing_scope:
+                await self._lead(self._rules.leader)
         self._report(self.owner.ended, None)
 
     async def _lead(self, leader: Resource[Any]) -> None:
@@ -130,14 +133,18 @@ class Working(Life):
             if await self._told_within(delay):
                 return
             self._status.restarts += self._rules.every is None or error is not None
+            if self._rules.leader is None:  # a scope is entered once
+                self.node.closing_scope = self.owner.scope()
 
     async def _run(self) -> BaseException | None:
         # What it failed with, without a cancellation that lifekit asked for.
         declaration = self.node.declaration
         error: BaseException | None = None
         needs = [self.node.values[need] for need in declaration.needs]
+        # A leader is ended while it waits as well: there the owner's scope is around all.
+        scope = self.node.closing_scope if self._rules.leader is None else self.owner.scope()
         try:
-            with self.owner.scope():  # which can't be left while the run's own are open
+            with scope:  # which can't be left while the run's own are open
                 try:
                     await cast("Awaitable[Any]", declaration.factory(*needs))
                 except GeneratorExit:
@@ -169,7 +176,7 @@ class Working(Life):
                 with CancelScope(deadline=until):
                     await told()
                 if self.time.now() >= until:
-                    return False
+                    return self._is_over()
             except get_cancelled_exc_class():
                 if not self._is_over():  # whoever it was: nothing runs that could be cancelled
                     uncancel(self.node.task)

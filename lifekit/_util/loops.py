@@ -58,6 +58,15 @@ def contexts_of_tasks() -> Iterator[tuple[object, Context]]:
             left += [child for nursery in each.child_nurseries for child in nursery.child_tasks]
 
 
+class _Task(asyncio.Task[Any]):
+    # AnyIO puts the canceller's repr into each cancellation, for which asyncio looks up its code lines:
+    # half of what the cancellation costs.
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<Task {self.get_name()!r}{' done' * self.done()}>"
+
+
 def spawn(
     coroutine: Coroutine[Any, Any, None],
     name: str,
@@ -73,7 +82,7 @@ def spawn(
     if loop is not None:
         # Not by loop.create_task(): a task factory may run the first steps inside of this call, as
         # asyncio.eager_task_factory does, or fail.
-        task = asyncio.Task(coroutine, loop=loop, name=name, context=context)
+        task = _Task(coroutine, loop=loop, name=name, context=context)
         if never_ran is not None:
             # What runs here swallows its cancellations, so that a cancelled task is one that never ran.
             task.add_done_callback(lambda task: never_ran() if task.cancelled() else None)

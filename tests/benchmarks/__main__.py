@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import contests, page, per_test, results
-from .access import acquire, get, request
+from .access import acquire, get, request, supervised
 from .footprint import imports, memory
 from .gateway import gateway
 from .isolation import redis_isolation, suites
@@ -45,6 +45,7 @@ BENCHMARKS = {
     "import": Benchmark(imports, partial(imports, rounds=1)),
     "memory": Benchmark(memory, partial(memory, rounds=1, count=200)),
     "request": Benchmark(request, partial(request, rounds=1, times=2)),
+    "supervised": Benchmark(supervised, partial(supervised, rounds=1, times=2)),
     "isolation": Benchmark(per_test.postgres, partial(per_test.postgres, rounds=1, few=1)),
     "isolation-sqlalchemy": Benchmark(
         per_test.sqlalchemy, partial(per_test.sqlalchemy, rounds=1, few=1)

@@ -10,7 +10,7 @@ from functools import partial
 from time import perf_counter
 from typing import Annotated, Any
 
-from lifekit import Registry
+from lifekit import Registry, asgi
 
 from .measure import Row, best_ratio, interleave, on, paired_ratio
 
@@ -114,6 +114,43 @@ def request(*, rounds: int = 400, times: int = 50) -> list[Row]:
         ratio = paired_ratio(floor, ours)
         what = "request with Depends(handle): one that returns request.state.x"
         return [Row(what, min(floor), min(ours), ratio, "us", most=1.05)]
+
+    return on("asyncio", measured)
+
+
+def supervised(*, rounds: int = 400, times: int = 50) -> list[Row]:
+    """Compare a request where signals, health and a renewal are watched with one where they are not."""
+    from fastapi import Depends, FastAPI
+    from starlette.responses import PlainTextResponse, Response
+
+    def application(*, watched: bool) -> FastAPI:
+        registry = Registry("supervised", signals=watched)
+
+        @registry.resource(renew_every=3600.0 if watched else None)
+        def value() -> Value:
+            return Value()
+
+        app = FastAPI(lifespan=registry.lifespan)
+
+        @app.get("/", response_model=None)
+        async def root(found: Annotated[Value, Depends(value)]) -> Response:
+            return PlainTextResponse("ok")
+
+        if watched:
+            app.mount("/health", asgi.health(registry))
+        return app
+
+    async def measured() -> list[Row]:
+        floor_app, our_app = application(watched=False), application(watched=True)
+        async with served(floor_app) as floor_state, served(our_app) as our_state:
+            floor, ours = await interleave(
+                rounds,
+                partial(request_seconds, floor_app, floor_state, times),
+                partial(request_seconds, our_app, our_state, times),
+            )
+        ratio = paired_ratio(floor, ours)
+        what = "request with health, notice and renewal: one without"
+        return [Row(what, min(floor), min(ours), ratio, "us", most=1.02)]
 
     return on("asyncio", measured)
 

@@ -24,6 +24,7 @@ BARRED = {
     "import": "import lifekit",
     "memory": "memory of a live resource",
     "request": "request with Depends(handle)",
+    "supervised": "request with health, notice and renewal",
     "redis": "a sandboxed test of one Redis command",
 }
 
