@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio
 
-from lifekit.events import Event, OpenFailed
+from lifekit.events import Event, OpenFailed, StopNoticed
 
 NOTES = Path(os.environ["NOTES"])
 POLL_SECONDS = 0.01
@@ -24,7 +24,9 @@ def note(line: str) -> None:
 
 
 def note_event(event: Event) -> None:
-    """Write an event as its type and its resource."""
+    """Write an event as its type and its resource; that of the notice comes amid anything."""
+    if isinstance(event, StopNoticed):
+        return
     words = [type(event).__name__, getattr(event, "resource", "")]
     if isinstance(event, OpenFailed) and event.error is None:
         words.append("cancelled")
