@@ -27,7 +27,7 @@ run: $(READY)  ## Serve the example application until Ctrl-C
 	@cd docs/examples && ../../$(BIN)/python -m shortener.demo --stay
 
 test: $(READY)  ## Run the tests; ARGS goes to pytest: make test ARGS="-k example -x"
-	@$(if $(ARGS),,echo "Running more than 5000 tests in two processes: about three minutes on two idle cores.")
+	@$(if $(ARGS),,echo "Running more than 6000 tests in two processes: about four minutes on two idle cores.")
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-long: $(READY)  ## Run the tests that take minutes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 import traceback
@@ -81,6 +82,27 @@ def test_what_a_call_raises_is_raised_and_nothing_else_ends(shop: Shop) -> None:
         with pytest.raises(ZeroDivisionError):
             lifespan.call(lambda: 1 / 0)
         assert lifespan.call(_add, 1, 2) == 3
+
+
+def test_a_cancellation_that_a_call_meets_is_its_own_and_nothing_else_ends(shop: Shop) -> None:
+    async def awaits_what_was_cancelled() -> None:
+        task = asyncio.ensure_future(asyncio.sleep(0))
+        task.cancel()
+        await task
+
+    with shop.registry.blocking() as lifespan:
+        with pytest.raises(asyncio.CancelledError):
+            lifespan.call(awaits_what_was_cancelled)
+        assert lifespan.call(_add, 1, 2) == 3
+
+
+def test_it_runs_once_and_the_one_that_runs_goes_on(shop: Shop) -> None:
+    lifespan = shop.registry.blocking()
+    with lifespan:
+        with pytest.raises(LifekitError, match="make another one"), lifespan:
+            pytest.fail("it was entered twice")
+        assert lifespan.call(_add, 1, 2) == 3
+    assert shop.lines == ["opened", "closed"]
 
 
 def test_all_is_closed_when_the_script_raises(shop: Shop) -> None:

@@ -455,6 +455,23 @@ def test_what_an_exclusive_block_raises_is_raised_as_it_is(backend: str) -> None
     assert not server.held
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+@backends
+def test_what_ends_the_process_leaves_an_exclusive_block_as_it_is(
+    backend: str, error: BaseException
+) -> None:
+    server = Server()
+
+    async def main() -> None:
+        with pytest.raises(type(error)) as raised:
+            async with lifekit.exclusive(server, "migrations"):
+                raise error
+        assert raised.value is error
+
+    in_time(main, backend)
+    assert not server.held
+
+
 @backends
 def test_an_exclusive_block_that_is_lost_is_cancelled_and_says_so(backend: str) -> None:
     server = Server()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -83,7 +84,9 @@ async def test_what_it_raises_while_it_starts_is_the_cause_itself() -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def _saying(*messages: str, raises: Exception | None = None, asks: bool = True) -> Any:
+def _saying(
+    *messages: str, raises: BaseException | None = None, asks: bool = True, hangs: bool = False
+) -> Any:
     async def application(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "lifespan"
         for message in messages:
@@ -92,6 +95,8 @@ def _saying(*messages: str, raises: Exception | None = None, asks: bool = True) 
             await send({"type": f"lifespan.{message}", "message": "no luck"})
         if raises is not None:
             raise raises
+        if hangs:
+            await anyio.sleep_forever()
 
     return application
 
@@ -100,9 +105,10 @@ def _saying(*messages: str, raises: Exception | None = None, asks: bool = True) 
     ("application", "error", "text"),
     [
         (_saying("startup.failed"), StartupError, "'application' did not start: no luck"),
+        (_saying("startup.failed", hangs=True), StartupError, "'application' did not start: no luck"),
         (_saying("startup.failed", raises=ValueError("why")), StartupError, "ValueError: why"),
         (_saying(raises=ValueError("why")), StartupError, "has no lifespan: .* it raised ValueError"),
-        (_saying(), StartupError, "has no lifespan: called for one, it returned"),
+        (_saying(), StartupError, "has no lifespan: called for one, it ended"),
         (
             _saying("startup.complete", "shutdown.failed"),
             ShutdownError,
@@ -118,6 +124,27 @@ async def test_what_it_says_or_leaves_unsaid_is_an_error(
     with pytest.raises(error, match=text):
         async with shop.registry.lifespan():
             pass
+
+
+@pytest.mark.parametrize("messages", [[], ["startup.complete"]])
+async def test_what_ends_the_process_is_raised_as_it_is(messages: list[str]) -> None:
+    shop, leaves = Shop(), SystemExit("no licence")
+    shop.inner = _saying(*messages, raises=leaves)
+    with pytest.raises(SystemExit) as raised:
+        async with shop.registry.lifespan():
+            await anyio.sleep_forever()
+    assert raised.value is leaves
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_one_that_is_cancelled_before_it_is_up_is_an_error_by_name(
+    anyio_backend: object,
+) -> None:
+    shop = Shop()
+    shop.inner = _saying(raises=asyncio.CancelledError())
+    with pytest.raises(StartupError, match="'application' has no lifespan: called for one, it ended"):
+        async with shop.registry.lifespan():
+            pytest.fail("it did not start")
 
 
 async def test_a_failed_closing_is_a_failed_closing() -> None:

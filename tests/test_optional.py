@@ -377,6 +377,41 @@ def test_an_override_of_another_one_goes_without_it(backend: str) -> None:
 
 
 @backends
+def test_a_worker_goes_on_waiting_for_it_when_what_else_it_needs_was_closed_for_an_override(
+    backend: str,
+) -> None:
+    shop = Shop()
+
+    @shop.registry.resource(shop.db)
+    async def feed(db: str) -> AsyncGenerator[str]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep_forever)  # by which it goes on working, and has to rest
+            yield f"feed of {db}"
+            tasks.cancel_scope.cancel()
+        shop.lines.append(f"feed of {db} closes")
+
+    @shop.registry.worker(feed, shop.cache)
+    async def outbox(feed: str, cache: str) -> None:
+        shop.lines.append(f"outbox with {feed} and {cache}")
+        await anyio.sleep_forever()
+
+    async def main() -> None:
+        async with shop.registry.lifespan() as lifespan:
+            await anyio.sleep(1)
+            async with lifespan.override(shop.db, "fake"):
+                await anyio.sleep(1)
+            assert shop.lines == ["feed of db closes", "feed of fake closes"]
+            await anyio.sleep(1)
+            assert lifespan[outbox].state == "starting"
+            shop.up = True
+            await anyio.sleep(60)
+            assert lifespan[outbox].state == "running"
+            assert shop.lines[2:] == ["outbox with feed of db and cache"]
+
+    in_time(main, backend)
+
+
+@backends
 def test_what_opens_while_an_override_begins_comes_after_it(backend: str) -> None:
     shop = Shop()
     slow = anyio.Event

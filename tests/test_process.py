@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from lifekit import Lifespan, Registry
+from lifekit import LifekitError, Lifespan, Registry
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 120.0
@@ -99,6 +99,17 @@ def test_a_signal_during_the_start_ends_it_at_once(tmp_path: Path) -> None:
     status, printed = process.end()
     assert (status, process.notes) == (0, ["opening"])
     assert "Traceback" not in printed
+
+
+def test_an_error_of_lifekit_that_main_raises_after_a_signal_is_a_failure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def main(lifespan: Lifespan) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise LifekitError("'migrations' was not exclusive any more")
+
+    assert Registry().run(main) == 1
+    assert "'migrations' was not exclusive any more" in capsys.readouterr().err
 
 
 def test_ctrl_c_pressed_again_ends_a_main_that_ignores_the_stop(tmp_path: Path) -> None:

@@ -280,6 +280,40 @@ def test_a_caller_that_is_cancelled_leaves_the_old_one(backend: str) -> None:
 
 
 @backends
+def test_a_caller_that_is_cancelled_while_it_waits_disturbs_no_other(backend: str) -> None:
+    shop = Shop()
+
+    async def main() -> None:
+        async with shop.registry.lifespan() as lifespan, anyio.create_task_group() as tasks:
+            tasks.start_soon(lifespan.renew, shop.db)
+            await anyio.sleep(0.5)
+            with anyio.move_on_after(0.1) as scope:
+                await lifespan.renew(shop.db)
+            assert scope.cancelled_caught
+            await anyio.sleep(5)
+            assert (lifespan[shop.db], shop.made) == ("db2", 2)
+
+    in_time(main, backend)
+    assert shop.lines.count("db1 closes") == shop.lines.count("db2 closes") == 1
+
+
+@backends
+def test_renewals_by_the_clock_that_take_longer_than_it_do_not_pile_up(backend: str) -> None:
+    shop = Shop(renew_every=1.0)
+    shop.takes = 9.5
+
+    async def main() -> None:
+        async with shop.registry.lifespan() as lifespan:
+            await anyio.sleep(100)
+            made, shop.takes = shop.made, 0.0
+            await anyio.sleep(10)
+            assert shop.made - made < 13
+            assert lifespan[shop.db] == f"db{shop.made}"
+
+    in_time(main, backend)
+
+
+@backends
 def test_one_that_hangs_is_cut_off_at_its_time(backend: str) -> None:
     shop = Shop(start_timeout=3.0)
     shop.takes = 1000.0
@@ -412,6 +446,38 @@ def test_an_override_that_begins_amid_a_renewal_ends_that(backend: str) -> None:
                 assert shop.lines == ["links of db2 closes", "db2 closes"]
 
     in_time(main, backend)
+
+
+@backends
+def test_a_worker_that_still_ends_for_a_renewal_is_not_run_again_inside_an_override(
+    backend: str,
+) -> None:
+    shop = Shop()
+    at_work: list[str] = []
+
+    @shop.registry.worker(shop.db, drain=5.0)
+    async def outbox(db: str) -> None:
+        at_work.append(f"begins with {db}")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with CancelScope(shield=True):
+                await anyio.sleep(2)
+            at_work.append(f"ends with {db}")
+
+    async def main() -> None:
+        async with shop.registry.lifespan() as lifespan:
+            await anyio.sleep(1)
+            await lifespan.renew(shop.db)
+            async with lifespan.override(shop.db, "fake"):
+                await anyio.sleep(20)
+            await anyio.sleep(20)
+            assert lifespan[outbox].state == "running"
+
+    in_time(main, backend)
+    assert at_work == [
+        f"{what} with {db}" for db in ("db1", "fake", "db2") for what in ("begins", "ends")
+    ]
 
 
 @pytest.mark.anyio

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
+from math import inf
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -36,7 +37,9 @@ class BlockingLifespan(Lifespan):
 
         Raises:
             StartupError: Something failed to open; what had opened is closed again.
+            LifekitError: It has run before, or runs.
         """
+        self.refuse_again()
         with ExitStack() as stack:
             self._portal = stack.enter_context(
                 start_blocking_portal(name=f"lifekit {self.registry.name}")
@@ -159,8 +162,10 @@ class _Call:
                 if inspect.isawaitable(value):
                     value = await value
                 self.result.set_result(value)
-        except get_cancelled_exc_class():
-            raise
+        except get_cancelled_exc_class() as error:
+            if anyio.current_effective_deadline() == -inf:  # all calls are to end
+                raise
+            self.result.set_exception(error)  # of what it awaited
         except BaseException as error:
             self.result.set_exception(error)
         finally:

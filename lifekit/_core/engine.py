@@ -546,7 +546,7 @@ class Engine(Nodes):
         if now is not node:  # it was renewed, or was to be
             self.own.remove(node)
             self.renewals.ended(node)
-            if now.worker is not None:
+            if now.worker is not None and not now.rests:
                 self.awaits([now])
         elif node.away:
             self.absences.ended(node)

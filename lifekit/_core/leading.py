@@ -171,14 +171,14 @@ async def _try_until_acquired(
 async def lead(lock: Lock, name: str, acquired: tuple[int, float]) -> AsyncGenerator[Term]:
     """Lead for as long as the body runs and the lock is held; cancel the body where it is lost."""
     term = Term(name, *acquired)
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_hold, lock, term, tasks.cancel_scope)
             outer = _led.set(term.leadership)
             try:
                 yield term
-            except Exception as error:
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
                 failure = error  # out of the group, which would wrap it
             finally:
                 with suppress(ValueError):  # it is left in another context

@@ -206,8 +206,7 @@ class Lifespan(Mapping[str, Any]):
             StartupError: Something failed to open; what had opened is closed again.
             LifekitError: It has run before, or its event loop ended while it started.
         """
-        if self._engine is not None:
-            raise LifekitError(f"the lifespan made at {self.location} has run: make another one")
+        self.refuse_again()
         from .engine import Engine  # here, so that `import lifekit` costs an import of little
 
         registry = self.registry
@@ -258,6 +257,11 @@ class Lifespan(Mapping[str, Any]):
             self.start.is_up(self)
             self._ending.begin(entering)
         return self
+
+    def refuse_again(self) -> None:
+        """Refuse to run a second time."""
+        if self._engine is not None:
+            raise LifekitError(f"the lifespan made at {self.location} has run: make another one")
 
     async def __aexit__(
         self,

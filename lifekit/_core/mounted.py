@@ -51,12 +51,12 @@ class _Conversation:
         self._state: dict[str, Any] = {}
         self._asked = self._up = False
         self._refusal: str | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._answered, self._stop = anyio.Event(), anyio.Event()
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[dict[str, Any]]:
-        failure: Exception | None = None
+        failure: BaseException | None = None
         # A task of its own: the scopes that the application holds open it leaves where it entered them.
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._talk)
@@ -65,12 +65,16 @@ class _Conversation:
                 _run.append(self._app)
                 try:
                     yield self._state
-                except Exception as error:
+                except (Exception, KeyboardInterrupt, SystemExit) as error:
                     failure = error  # out of the group, which would wrap it
                 finally:
                     _run.remove(self._app)
                     self._stop.set()
+            else:
+                self._tasks.cancel_scope.cancel()  # it has said all, whether it returns or not
         failure = failure or self._error
+        if failure is None and not self._up:
+            failure = LifekitError(self._refused())
         if failure is not None:
             raise failure
 
@@ -82,11 +86,11 @@ class _Conversation:
         }
         try:
             await self._app(scope, self._receive, self._send)
-            if self._refusal is not None or not self._up:
+            if self._refusal is not None:
                 self._error = LifekitError(self._refused())
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             self._error = error
-            if not self._asked:
+            if not self._asked and isinstance(error, Exception):
                 self._error = LifekitError(self._has_none("it raised " + name_of(error)))
                 self._error.__cause__ = error
         self._answered.set()
@@ -95,7 +99,7 @@ class _Conversation:
 
     def _refused(self) -> str:
         if self._refusal is None:
-            return self._has_none("it returned")
+            return self._has_none("it ended")
         what = "stop cleanly" if self._up else "start"
         return f"{self._name()} did not {what}: {self._refusal or 'it gave no reason'}"
 
@@ -112,6 +116,7 @@ class _Conversation:
             self._answered.set()
         elif message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.failed"):
             self._refusal = redact(message.get("message") or "")
+            self._answered.set()
 
     def _name(self) -> str:
         return f"the application {name(self._app)}"

@@ -43,8 +43,8 @@ async def _live(
                     with signals.body():
                         await (anyio.sleep_forever() if main is None else main(lifespan))
             except LifekitError as error:
-                if type(error) is not LifekitError or not signals.came:
-                    raise  # else a signal came while it started
+                if type(error) is not LifekitError or not signals.ended_start:
+                    raise
     except Exception as error:
         failure = redact_error(error)
         if isinstance(failure.__context__, anyio.get_cancelled_exc_class()):
@@ -85,6 +85,11 @@ class _Signals:
         if self.came:
             self._scope.cancel()
         return self._scope
+
+    @property
+    def ended_start(self) -> bool:
+        """Whether a signal came before all was open."""
+        return self.came > 0 and self._scope is None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.came += 1

@@ -79,7 +79,8 @@ class Renewals:
         if node.rests:
             self._release(node)
             return
-        if self._owner.ready.is_set() and not self._owner.lifespan.busy():
+        waits = any(each.resource is node.resource for each in self._queue)
+        if self._owner.ready.is_set() and not (waits or self._owner.lifespan.busy()):
             self.ask(node.resource, by_clock=True)
         self.arm(node)
 
@@ -254,8 +255,9 @@ class Renewals:
         if error is not None:
             self._owner.tell(events.RenewalFailed, renewal.resource.name, error)
         renewal.done.set()
+        was_next = renewal is self._queue[0]
         self._queue.remove(renewal)
-        if self._queue:
+        if was_next and self._queue:
             self._begin(self._queue[0])
 
     def abandon(self, renewal: Renewal) -> None:

@@ -46,22 +46,22 @@ def acting_in(layers: Sequence[Engine], rebuilt: set[Resource[Any]]) -> Some:
     acting = {
         node.resource
         for layer in layers
-        for node in layer.nodes
-        if node.resource in rebuilt and node.state is State.OPEN and _acts(node, contexts)
+        for node in layer.own
+        if node.resource in rebuilt and node.state in RUNNING and _acts(node, contexts)
     }
     acting = dependents(layers[-1].plan, *acting)
     found: Some = {}
     for layer in reversed(layers):
-        running = {node.resource for node in layer.nodes if node.state in RUNNING}
+        running = {node.resource for node in layer.own if node.state in RUNNING}
         if mine := running & acting:
             found[layer] = mine
     return found
 
 
 def _acts(node: Node, contexts: Sequence[tuple[object, Context]]) -> bool:
-    if node.worker is not None:
+    if node.worker is not None:  # also one that still ends for a renewal: the next one would begin
         return True
-    if node.live is None or node.live.driver is not None:
+    if node.state is not State.OPEN or node.live is None or node.live.driver is not None:
         return False
     return any(context.get(belongs_to) is node and task is not node.task for task, context in contexts)
 
