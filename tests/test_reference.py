@@ -38,8 +38,8 @@ INNER = {
     *("lifekit.Lifespan.declares", "lifekit.Lifespan.sandboxes", "lifekit.Lifespan.undo"),
     *("lifekit.Registry.place", "lifekit.Registry.add"),
     *("lifekit.Lifespan.checks", "lifekit.Lifespan.crashed", "lifekit.Stopping.mark"),
-    *("lifekit.Lifespan.interrupted", "lifekit.Lifespan.has_crashed"),
-    *("lifekit.Stopping.set", "lifekit.CrashError.derive"),
+    *("lifekit.Lifespan.interrupted", "lifekit.Lifespan.has_crashed", "lifekit.Lifespan.refuse_again"),
+    *("lifekit.Stopping.set", "lifekit.Stopping.forget", "lifekit.CrashError.derive"),
     *(f"lifekit.Worker.{name}" for name in ("factory", "needs", "after", "options", "registry")),
     *(f"lifekit.Worker.{name}" for name in ("get", "name", "location", "rules")),  # of a Resource
     *(f"lifekit.Lifespan.{name}" for name in ("busy", "changed", "next_generation")),

@@ -38,7 +38,7 @@ class Pauses:
     def _begin(self, resources: Collection[Resource[Any]], rested: anyio.Event) -> None:
         owner = self._owner
         nodes = [node for node in owner.own if node.resource in resources and node.state in RUNNING]
-        # Workers of what was renewed still end, and new ones would begin then; requests hold the rest.
+        # Of what was renewed workers still end, and new ones would begin; requests hold the rest.
         nodes = [each for each in nodes if each.worker is not None or each is owner.nodes[each.index]]
         self._ending.append((nodes, rested))
         owner.due -= {*resources}
