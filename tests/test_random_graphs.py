@@ -19,11 +19,11 @@ import anyio
 import pytest
 from anyio import CancelScope
 from anyio.lowlevel import checkpoint
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import lifekit
-from lifekit import Registry, ShutdownError, StartupError, events
+from lifekit import CrashError, Registry, ShutdownError, StartupError, events
 
 from . import virtual_time
 from .leaks import tasks_alive
@@ -31,6 +31,7 @@ from .test_failure_product import BoomError, Interrupt, leaves
 
 STYLES = ("value", "generator", "manager", "task_group")
 ACTS = ("fine", "fine", "fine", "delay", "delay", "boom", "hang", "stubborn", "late", "interrupt")
+DEEDS = ("fine", "delay", "boom", "hang", "stubborn")
 START_TIMEOUT, CLOSE_TIMEOUT, GRACE = 30.0, 10.0, 25.0
 
 
@@ -48,12 +49,27 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Job:
+    """How one worker behaves: as it begins, as it runs, and once it is told to end."""
+
+    needs: tuple[int, ...]
+    begin: str
+    run: str
+    told: str
+    waits: bool  # for the notice; else it is cancelled amid what it does
+    drain: float
+    every: float | None
+    restart: Any
+    on_crash: Any
+
+
+@dataclass(frozen=True)
 class Case:
     """A graph, and when and how its caller is cancelled: at which act, how often, by what."""
 
     specs: tuple[Spec, ...]
-    workers: tuple[tuple[tuple[int, ...], str, float], ...]
-    """What each needs, how it behaves, and its drain."""
+    workers: tuple[Job, ...]
+    lasts: float  # seconds that its body takes
     cancel_at: int | None
     times: int
     by: str  # "task", "scope" or "all tasks"
@@ -63,8 +79,10 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     """Draw a graph of up to 30 resources; most behave, some do not."""
     size = draw(st.integers(1, 30))
-    calm = draw(st.booleans())  # in a calm graph openings succeed, so that closings get their turn
-    opens = st.sampled_from(("fine", "delay") if calm else ACTS)
+    # In a calm graph openings succeed, so that closings get their turn, or both, so that workers do.
+    mood = draw(st.sampled_from(("wild", "openings are calm", "calm")))
+    opens = st.sampled_from(ACTS if mood == "wild" else ("fine", "delay"))
+    closes = st.sampled_from(("fine", "delay") if mood == "calm" else ACTS)
     specs: list[Spec] = []
     for index in range(size):
         earlier = st.lists(st.integers(0, index - 1), max_size=3, unique=True) if index else st.just([])
@@ -73,17 +91,29 @@ def cases(draw: st.DrawFn) -> Case:
             needs=tuple(draw(earlier)),
             after=tuple(draw(earlier)) if draw(st.integers(0, 5)) == 0 else (),
             open=draw(opens),
-            close=draw(st.sampled_from(ACTS)),
-            wait_closed=draw(st.sampled_from(ACTS)),
-            terminate=draw(st.sampled_from(ACTS)),
+            close=draw(closes),
+            wait_closed=draw(closes),
+            terminate=draw(closes),
         )
         specs.append(spec)
     needs = st.lists(st.integers(0, size - 1), max_size=3, unique=True).map(tuple)
-    behavior = st.sampled_from(("fine", "waits", "boom", "hang", "stubborn"))
-    workers = draw(st.lists(st.tuples(needs, behavior, st.sampled_from((0.0, 5.0))), max_size=3))
+    jobs = st.builds(
+        Job,
+        needs=needs,
+        begin=st.sampled_from(("fine", "fine", "delay", "boom", "hang")),
+        run=st.sampled_from(DEEDS),
+        told=st.sampled_from(DEEDS),
+        waits=st.booleans(),
+        drain=st.sampled_from((0.0, 5.0)),
+        every=st.sampled_from((None, None, 1.0)),
+        restart=st.sampled_from(("on-failure", "always", "never")),
+        on_crash=st.sampled_from(("stop", "stop", "unready", "ignore")),
+    )
+    workers = draw(st.lists(jobs, min_size=int(mood == "calm"), max_size=3))
+    lasts = draw(st.sampled_from((0.0, 0.5, 5.0)))
     cancel_at = draw(st.none() | st.integers(1, 4 * size))
     by = draw(st.sampled_from(("task", "scope", "all tasks")))
-    return Case(tuple(specs), tuple(workers), cancel_at, draw(st.integers(1, 3)), by)
+    return Case(tuple(specs), tuple(workers), lasts, cancel_at, draw(st.integers(1, 3)), by)
 
 
 @dataclass
@@ -110,12 +140,18 @@ class World:
             self.cancelled = True
             for _ in range(self.case.times):
                 self.cancel()
+        if how in ("boom", "interrupt"):
+            self.failures.append(BoomError() if how == "boom" else Interrupt())
+            raise self.failures[-1]
+        await self.deed(how)
+
+    async def deed(self, how: str) -> None:
+        """Behave, as workers do as well."""
         match how:
             case "delay":
                 await anyio.sleep(0.1)
-            case "boom" | "interrupt":
-                self.failures.append(BoomError() if how == "boom" else Interrupt())
-                raise self.failures[-1]
+            case "boom":
+                raise BoomError
             case "hang":
                 await anyio.sleep_forever()
             case "stubborn":
@@ -194,30 +230,30 @@ def declare(world: World) -> Registry:
         needs = [handles[need] for need in spec.needs]
         after = [handles[need] for need in spec.after]
         handles.append(registry.resource(*needs, after=after, name=name)(factory(world, name, spec)))
-    for index, (wants, how, drain) in enumerate(world.case.workers):
-        needed = [handles[need] for need in wants]
-        declare = registry.worker(*needed, name=f"w{index}", drain=drain, on_crash="ignore")
-        declare(worker(world, how))
+    for index, job in enumerate(world.case.workers):
+        needed = [handles[need] for need in job.needs]
+        registry.worker(
+            *needed,
+            name=f"w{index}",
+            drain=job.drain,
+            every=job.every,
+            restart="on-failure" if job.every else job.restart,
+            on_crash=job.on_crash,
+        )(worker(world, job))
     return registry
 
 
-def worker(world: World, how: str) -> Callable[..., Any]:
-    """Return a worker's function: none is a failure that anybody is told of but in the log."""
+def worker(world: World, job: Job) -> Callable[..., Any]:
+    """Return a worker's function, which fails on its own: only its events tell of that."""
 
     async def work(*_: Any) -> None:
-        match how:
-            case "waits":
+        await world.deed(job.begin)
+        try:
+            await world.deed(job.run)
+            if job.waits:
                 await lifekit.stopping().wait()
-                await anyio.sleep(1)
-            case "boom":
-                raise BoomError
-            case "hang":
-                await anyio.sleep_forever()
-            case "stubborn":
-                with CancelScope(shield=True):
-                    await world.released.wait()
-            case _:
-                pass
+        finally:
+            await world.deed(job.told)
 
     return work
 
@@ -229,7 +265,7 @@ async def run(world: World) -> BaseException | None:
     async def caller() -> None:
         try:
             async with declare(world).lifespan():
-                await checkpoint()
+                await anyio.sleep(world.case.lasts)
             await checkpoint()
         except BaseException as error:
             outcome.append(error)
@@ -270,13 +306,13 @@ def assert_promises_kept(world: World, raised: BaseException | None) -> None:
                 over = position.get((events.Closed, name), position.get((events.OpenFailed, name)))
                 assert over is not None
                 assert over < position[events.Closing, parent]
-    for index, (wants, _, _) in enumerate(world.case.workers):
+    for index, job in enumerate(world.case.workers):
         began = position.get((events.WorkerStarted, f"w{index}"))
         assert (began is None) == ((events.Started, "") not in seen)
         if began is not None:  # when all was open, and what it needs outlived it
             assert position[events.Started, ""] < began
             ended = position[events.WorkerEnded, f"w{index}"]
-            assert all(ended < position[events.Closing, f"r{need}"] for need in wants)
+            assert all(ended < position[events.Closing, f"r{need}"] for need in job.needs)
     closing = [name for kind, name in seen if kind is events.Closing]
     closed = [name for kind, name in seen if kind is events.Closed]
     assert sorted(closing) == sorted(closed) == sorted(set(closing))
@@ -290,17 +326,25 @@ def assert_promises_kept(world: World, raised: BaseException | None) -> None:
     failures = [
         event for event in world.log if isinstance(event, events.OpenFailed | events.CloseFailed)
     ]
-    assert_told(world, raised, [event.error for event in failures if event.error is not None])
+    crashes = [each for each in world.log if isinstance(each, events.Crashed)]
+    assert [each.resource for each in crashes] == list(dict.fromkeys(each.resource for each in crashes))
+    fatal = [each for each in crashes if each.on_crash == "stop"]
+    told = [each.error for each in (*failures, *fatal) if each.error is not None]
+    assert_told(world, raised, told)
+    if fatal:
+        noticed = [each.reason for each in world.log if isinstance(each, events.StopNoticed)]
+        assert noticed == [f"{fatal[0].resource} crashed"]
 
 
 def assert_told(world: World, raised: BaseException | None, failed: list[BaseException]) -> None:
     """Every failure is in what was raised, or in its context."""
     interrupts = [error for error in failed if not isinstance(error, Exception)]
     group = raised
-    if raised is not None and not isinstance(raised, StartupError | ShutdownError):
+    groups = StartupError | ShutdownError | CrashError
+    if raised is not None and not isinstance(raised, groups):
         group = raised.__context__
         assert raised in interrupts or isinstance(raised, anyio.get_cancelled_exc_class())
-    told = list(leaves(group)) if isinstance(group, StartupError | ShutdownError) else []
+    told = list(leaves(group)) if isinstance(group, groups) else []
     expected = ExceptionGroup(
         "", [error for error in failed if isinstance(error, Exception)] or [BoomError()]
     )
@@ -353,8 +397,22 @@ quickly = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], 
 unstarted = pytest.mark.filterwarnings("ignore:coroutine 'sleep_forever' was never awaited")
 
 
+def one_job(begin: str = "fine", run: str = "hang", told: str = "fine") -> Case:
+    """Return a small case, for what chance may never draw."""
+    spec = Spec("generator", (), (), "fine", "fine", "fine", "fine")
+    job = Job((0,), begin, run, told, False, 0.0, None, "never", "stop")
+    return Case((spec,), (job,), 5.0, None, 1, "task")
+
+
 @unstarted
 @settings(quickly, max_examples=60)
+@example(one_job(begin="boom"))
+@example(one_job(begin="hang"))
+@example(one_job(run="boom"))
+@example(one_job(run="stubborn"))
+@example(one_job(told="boom"))
+@example(one_job(told="stubborn"))
+@example(one_job(run="fine", told="boom"))
 @given(cases())
 def test_random_graphs_keep_every_promise(case: Case) -> None:
     check(case)
