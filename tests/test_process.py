@@ -140,3 +140,9 @@ def test_handlers_are_put_back_and_none_is_set_in_another_thread() -> None:
     thread.start()
     thread.join(LIMIT)
     assert statuses == [0]
+
+
+@pytest.mark.anyio
+async def test_in_an_event_loop_it_is_refused_with_the_way_out() -> None:
+    with pytest.raises(LifekitError, match=r"async with registry\.lifespan\(\)"):
+        Registry("looped").run()

@@ -14,7 +14,7 @@ import anyio
 from anyio import CancelScope
 
 from lifekit._util.interrupts import SIGNALS, getsignal, set_handler
-from lifekit._util.loops import call_soon
+from lifekit._util.loops import call_soon, running_loop
 
 from .errors import LifekitError
 from .lifespan import Lifespan
@@ -26,6 +26,11 @@ STOPPED, FAILED, INTERRUPTED = 0, 1, 128 + signal.SIGINT
 
 def run(make: Callable[[], Lifespan], main: Callable[[Lifespan], Awaitable[object]] | None) -> int:
     """Run *main* in a lifespan, or its workers until a signal; return the exit status."""
+    if running_loop() is not None:
+        raise LifekitError(
+            "run() is called in an event loop, and begins one of its own. Open it in the one that runs: "
+            "async with registry.lifespan() as lifespan."
+        )
     try:
         return anyio.run(_live, make, main)
     except KeyboardInterrupt:

@@ -271,6 +271,9 @@ class Registry(Workers):
 
         Args:
             main: An async function, which gets the lifespan.
+
+        Raises:
+            LifekitError: An event loop runs here already.
         """
         from .process import run
 
