@@ -28,8 +28,8 @@ def run(make: Callable[[], Lifespan], main: Callable[[Lifespan], Awaitable[objec
     """Run *main* in a lifespan, or its workers until a signal; return the exit status."""
     if running_loop() is not None:
         raise LifekitError(
-            "run() is called in an event loop, and begins one of its own. Open it in the one that runs: "
-            "async with registry.lifespan() as lifespan."
+            "run() is called in an event loop, and begins one of its own. Open it in the one that "
+            "runs: async with registry.lifespan() as lifespan."
         )
     try:
         return anyio.run(_live, make, main)
