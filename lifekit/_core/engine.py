@@ -141,7 +141,10 @@ class Engine(Nodes):
 
     def _finish(self) -> None:
         if not self.finished.is_set():
-            self._on_finished()
+            try:
+                self._on_finished()
+            except Exception as error:
+                self.close_failures.append((self.name, self.lifespan.location, error))
             self.ready.set()
             self.finished.set()
 

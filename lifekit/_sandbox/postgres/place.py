@@ -49,9 +49,12 @@ class Idleness(selectors.DefaultSelector):
             return super().select(timeout)
         self.taken.release()
         try:
-            return super().select(timeout)
+            found = super().select(timeout)
         finally:
             self.taken.acquire()
+        # Who had the place since may have done that already, and closed what it came from.
+        registered = self.get_map()
+        return [(key, mask) for key, mask in found if registered.get(key.fd) is key]
 
     def is_idle(self) -> bool:
         """Return whether nothing has come; calls from other threads come by a socket, too."""

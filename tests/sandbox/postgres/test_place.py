@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import selectors
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -132,3 +133,23 @@ async def test_what_the_thread_has_no_time_for_waits_for_it_in_its_order(place: 
     place.do(done.append, 3)
     at_last(place, threading.get_ident)
     assert done == [0, 1, 2, 3]
+
+
+def test_what_another_thread_has_closed_while_it_waited_is_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    selector = Idleness()
+    ours, theirs = socket.socketpair()
+    select = selectors.DefaultSelector.select
+
+    def meanwhile(self: selectors.DefaultSelector, timeout: float | None = None) -> Any:
+        found = select(self, timeout)
+        selector.unregister(ours)
+        ours.close()
+        return found
+
+    with theirs, selector.taken:
+        selector.register(ours, selectors.EVENT_READ)
+        theirs.send(b"!")
+        monkeypatch.setattr(selectors.DefaultSelector, "select", meanwhile)
+        assert selector.select(30) == []
