@@ -241,7 +241,7 @@ def test_an_application_sees_the_same_as_in_production(worlds: Worlds, sequence:
     worlds.compare(sequence)
 
 
-@pytest.mark.long
+@pytest.mark.proof
 @pytest.mark.timeout(1200)
 @settings(calm, max_examples=120, derandomize=True)
 @given(sequences)
