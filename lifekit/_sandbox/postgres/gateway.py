@@ -255,9 +255,6 @@ class Gateway:
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something there; the end of the gateway cancels it."""
-        self.place.post(self._spawn, coroutine)
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.place.loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -266,15 +263,7 @@ class Gateway:
 
     async def begin(self) -> Begun:
         """Begin a block, or one inside of it; return whether that could be done."""
-        begun = self.place.at_once(self._begin_at_once)
-        return begun if begun is not None else await self.place.run(self._begin)
-
-    def _begin_at_once(self) -> Begun | None:
-        if not self.hub.can_begin:
-            return None
-        begun: list[Begun] = []
-        self._begin(begun.append)
-        return begun[0]
+        return await self.place.run(self._begin)
 
     def _begin(self, done: Callable[[Begun], None]) -> None:
         clients = len(self.hub.clients)
@@ -290,9 +279,8 @@ class Gateway:
 
     def end_at_once(self) -> list[str] | None:
         """Do so where that takes no waiting; None where it does, or clients know of a schema."""
-        return self.place.at_once(self._end_at_once)
-
-    def _end_at_once(self) -> list[str] | None:
+        if not self.place.is_here:
+            return None
         self._read_all()
         if not self.hub.can_end or self.hub.schema_changed:
             return None
