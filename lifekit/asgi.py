@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._core.errors import DeclarationError, LifekitError
 from ._core.mounted import lifespan_of
-from ._core.requests import ASGIApp as ASGIApp
-from ._core.requests import Scope
+from ._util.asgi import ASGIApp as ASGIApp
+from ._util.asgi import Scope
 from ._util.loops import running_loop
 
 if TYPE_CHECKING:

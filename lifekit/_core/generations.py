@@ -6,10 +6,9 @@ by those of earlier generations, for they may have asked for it since.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
-Scope = MutableMapping[str, Any]
+from lifekit._util.asgi import Scope
 
 
 class Generation:

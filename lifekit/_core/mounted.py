@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
 from lifekit import events
+from lifekit._util.asgi import ASGIApp, Scope
 from lifekit._util.redact import redact
 
 from .errors import LifekitError, name_of
@@ -16,10 +17,6 @@ from .errors import LifekitError, name_of
 if TYPE_CHECKING:
     from .lifespan import Lifespan  # which its notice names
 
-Scope = MutableMapping[str, Any]
-ASGIApp = Callable[
-    [Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
-]
 _run: list[object] = []
 """The applications whose lifespans `lifespan_of` runs now."""
 

@@ -9,9 +9,10 @@ from threading import Lock
 from types import FrameType, new_class
 from typing import TYPE_CHECKING, Any, cast
 
+from lifekit._util.asgi import ASGIApp as ASGIApp
+from lifekit._util.asgi import Scope
+
 from .errors import DeclarationError
-from .mounted import ASGIApp as ASGIApp
-from .mounted import Scope as Scope
 from .mounted import tell_of_unrun
 from .overrides import entered, refuse_useless
 from .running import Start, current

@@ -24,8 +24,8 @@ from lifekit._core.errors import (
 )
 from lifekit._core.lifespan import Lifespan
 from lifekit._core.overrides import overrides, refuse_useless
-from lifekit._core.requests import ASGIApp, Scope
 from lifekit._core.stand_in import redact_error
+from lifekit._util.asgi import ASGIApp, Scope
 from lifekit._util.loops import running_loop, sit_out, spawn
 from lifekit._util.redact import redact
 

@@ -14,7 +14,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from lifekit._core.block import current_block
 from lifekit._core.errors import LifekitError
-from lifekit._core.requests import ASGIApp
+from lifekit._util.asgi import ASGIApp
 
 from ._app import Running, running
 from ._websocket import transport_for

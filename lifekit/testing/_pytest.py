@@ -31,7 +31,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from lifekit._core.block import Block
 from lifekit._core.lifespan import Lifespan
 from lifekit._core.overrides import Override, entered, overrides
-from lifekit._core.requests import ASGIApp
+from lifekit._util.asgi import ASGIApp
 from lifekit._util.loops import running_loop
 
 from ._app import Running, lifespan_of, running

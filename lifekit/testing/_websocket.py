@@ -18,7 +18,7 @@ from typing import Any, cast
 import anyio
 from anyio.lowlevel import checkpoint
 
-from lifekit._core.requests import ASGIApp
+from lifekit._util.asgi import ASGIApp
 from lifekit._util.loops import sit_out, spawn
 
 Message = MutableMapping[str, Any]
