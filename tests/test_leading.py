@@ -128,17 +128,6 @@ class Fleet:
                 pass
 
 
-def in_time(main: Callable[[], Awaitable[None]], backend: str) -> None:
-    """Run *main*, after which no task may be left."""
-
-    async def alone() -> None:
-        before = tasks_alive()
-        await main()
-        assert tasks_alive() == before
-
-    run(alone, backend)
-
-
 @backends
 def test_one_leads_and_the_next_one_when_it_has_ended(backend: str) -> None:
     fleet = Fleet()

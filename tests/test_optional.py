@@ -65,17 +65,6 @@ class Shop:
         self.db, self.cache, self.search = db, cache, search
 
 
-def in_time(main: Callable[[], Awaitable[None]], backend: str) -> None:
-    """Run *main*, after which no task may be left."""
-
-    async def alone() -> None:
-        before = tasks_alive()
-        await main()
-        assert tasks_alive() == before
-
-    run(alone, backend)
-
-
 @backends
 def test_the_start_goes_on_without_it_and_it_appears_when_it_opens(backend: str) -> None:
     shop = Shop()

@@ -77,17 +77,6 @@ class Shop:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-def in_time(main: Callable[[], Awaitable[None]], backend: str) -> None:
-    """Run *main*, after which no task may be left."""
-
-    async def alone() -> None:
-        before = tasks_alive()
-        await main()
-        assert tasks_alive() == before
-
-    run(alone, backend)
-
-
 @backends
 def test_it_and_what_is_built_from_it_are_built_anew_and_the_old_ones_close(backend: str) -> None:
     shop = Shop()

@@ -60,17 +60,6 @@ class Story:
                 pass
 
 
-def in_time(main: Callable[[], Awaitable[None]], backend: str) -> None:
-    """Run *main*, after which no task may be left."""
-
-    async def alone() -> None:
-        before = tasks_alive()
-        await main()
-        assert tasks_alive() == before
-
-    run(alone, backend)
-
-
 @backends
 def test_a_worker_begins_when_all_is_open_and_ends_before_its_needs_close(backend: str) -> None:
     story = Story()

@@ -43,6 +43,17 @@ def run(main: Callable[[], Awaitable[None]], backend: str) -> None:
         anyio.run(main, backend=backend, backend_options={"loop_factory": JumpingLoop})
 
 
+def in_time(main: Callable[[], Awaitable[None]], backend: str) -> None:
+    """Run *main*, after which no task may be left."""
+
+    async def alone() -> None:
+        before = tasks_alive()
+        await main()
+        assert tasks_alive() == before
+
+    run(alone, backend)
+
+
 def block(seconds: float) -> None:
     """Keep the loop that runs here from everything else for *seconds* of its time."""
     try:

@@ -438,10 +438,10 @@ class Hub:
                 who, _ = self._outside.explain(0, client.number)
                 self._wrong.append(f"{_LEFT_OPEN} {who}".strip())
                 self.cut_off(client)
-                if not self.depth:
-                    client.leave()
             elif client.is_asking:
                 self.cut_off(client)
+            if not self.depth:
+                client.leave()
         if self.depth and self._at_rest is not None:
             # What they did is cancelled: that takes a moment, and the outer block is to stay.
             self._overdue = self._later(_UNTIL_CANCELLED, self._cut_the_rest)
@@ -486,10 +486,10 @@ class Hub:
             self._waiting.popleft()()
 
     def _undone(self, each: Session, relay: Relay, problem: str | None) -> None:
-        if not each.is_open:
-            self._give_back(relay, broken=problem is not None)
-        else:  # the next block has it already
+        if each.is_open or each.real.exchanges:  # the next block has it already, or had it
             self._undone_inside(each, problem)
+        else:
+            self._give_back(relay, broken=problem is not None)
 
     @staticmethod
     def _undone_inside(each: Session, problem: str | None) -> None:

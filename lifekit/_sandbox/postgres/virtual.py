@@ -202,8 +202,9 @@ class VirtualConnection:
     def _take(self, data: bytes) -> None:
         assert self.relay is not None
         lent = self.relay.lent is not None
-        if self.is_asking or (lent and self.conversation is None and not self.hub.is_open):
-            self._held += data  # or the block is being undone there
+        is_undone = lent and self.conversation is None and not self.hub.is_open
+        if self.is_asking or self._held or is_undone:
+            self._held += data
             return
         if self.hub.is_turning and self._is_held is not True and self._may_wait():
             self._held += data
