@@ -202,9 +202,9 @@ class VirtualConnection:
     def _take(self, data: bytes) -> None:
         assert self.relay is not None
         lent = self.relay.lent is not None
-        is_undone = lent and self.conversation is None and not self.hub.is_open
-        if self.is_asking or self._held or is_undone:
-            self._held += data
+        stays = not self.hub.is_open or self._is_held is False
+        if self.is_asking or (lent and self.conversation is None and stays):
+            self._held += data  # or a block is being undone there
             return
         if self.hub.is_turning and self._is_held is not True and self._may_wait():
             self._held += data
