@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
@@ -16,8 +16,7 @@ from lifekit import CrashError, DeclarationError, LifekitError, Registry, driver
 from lifekit._core import drivers as core_drivers
 from lifekit._core.leading import LEASE
 
-from .leaks import tasks_alive
-from .virtual_time import block, run
+from .virtual_time import block, in_time
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import anyio
@@ -25,8 +25,7 @@ from lifekit import (
     testing,
 )
 
-from .leaks import tasks_alive
-from .virtual_time import run
+from .virtual_time import in_time
 
 URL = "redis://:hunter2@cache/0"
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])

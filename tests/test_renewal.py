@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import anyio
@@ -27,8 +27,7 @@ from lifekit import (
 from lifekit._core.node import Node
 
 from .drivers.conftest import until
-from .leaks import tasks_alive
-from .virtual_time import run
+from .virtual_time import in_time
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])

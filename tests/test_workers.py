@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +17,7 @@ import lifekit
 from lifekit import CrashError, DeclarationError, Registry, ShutdownError, Worker, events
 from lifekit._core.worker import Rules, Supervision
 
-from .leaks import tasks_alive
-from .virtual_time import run
+from .virtual_time import in_time, run
 
 URL = "postgresql://shop:hunter2@db/shop"
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -11,6 +11,8 @@ import anyio
 import trio
 from trio.testing import MockClock
 
+from .leaks import tasks_alive
+
 
 class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self) -> None:
