@@ -1,4 +1,4 @@
-"""Servers that take encrypted connections only.
+"""Servers that take encrypted connections only, and poolers, which are refused.
 
 Something of the tests' own stands before the suite's server: its wheel is built without encryption.
 """
@@ -6,7 +6,7 @@ Something of the tests' own stands before the suite's server: its wheel is built
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .pools import POOLS, Pool
 
 pytestmark = pytest.mark.anyio
 COUNT = "SELECT count(*) FROM rows"
+KEPT = "SELECT count(*) FROM pg_prepared_statements WHERE position('lifekit' IN name) > 0"
 _SSL_REQUEST = b"\0\0\0\x08\x04\xd2\x16\x2f"
 _VERSION = b"\0\x03\0\0"
 
@@ -52,10 +53,12 @@ def past(postgres: Server) -> Iterator[Past]:
 
 
 class Before:
-    """What stands before a server, and encrypts."""
+    """What stands before a server: it encrypts, or alters what is said."""
 
-    def __init__(self, url: str, context: ssl.SSLContext) -> None:
-        self._server, self._context = urlsplit(url), context
+    def __init__(
+        self, url: str, context: ssl.SSLContext | None, alter: Callable[[bytes], bytes]
+    ) -> None:
+        self._server, self._context, self._alter = urlsplit(url), context, alter
         self.encrypted = self.logins = 0
 
     async def __call__(self, client: SocketStream) -> None:
@@ -66,12 +69,15 @@ class Before:
 
     async def _serve(self, client: ByteStream) -> None:
         first = await client.receive(8)
-        if first == _SSL_REQUEST:
+        if first == _SSL_REQUEST and self._context is not None:
             await client.send(b"S")
             client = await TLSStream.wrap(client, ssl_context=self._context, standard_compatible=False)
             self.encrypted += 1
             first = await client.receive()
-        else:
+        elif first == _SSL_REQUEST:
+            await client.send(b"N")
+            first = await client.receive()
+        elif self._context is not None:
             return  # as where pg_hba.conf has nothing but hostssl
         assert self._server.hostname is not None
         assert self._server.port is not None
@@ -87,7 +93,7 @@ class Before:
     async def _carry(self, source: ByteStream, to: ByteStream, scope: anyio.CancelScope) -> None:
         with suppress(*_OVER):
             async for data in source:
-                await to.send(data)
+                await to.send(self._alter(data))
         scope.cancel()
 
 
@@ -95,9 +101,13 @@ _OVER = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError
 
 
 @asynccontextmanager
-async def before(url: str, context: ssl.SSLContext) -> AsyncGenerator[tuple[str, Before]]:
+async def before(
+    url: str,
+    context: ssl.SSLContext | None = None,
+    alter: Callable[[bytes], bytes] = bytes,
+) -> AsyncGenerator[tuple[str, Before]]:
     """Stand before the server of a URL, and give the URL of that."""
-    stands, parts = Before(url, context), urlsplit(url)
+    stands, parts = Before(url, context, alter), urlsplit(url)
     login = parts.netloc.rpartition("@")[0]
     async with (
         await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
@@ -173,3 +183,47 @@ async def test_a_server_that_nobody_trusts_is_told_nothing(
             async with registry.lifespan():
                 pass
         assert server.logins == 0
+
+
+# -- a pooler -----------------------------------------------------------------------------------------
+
+
+def _renumber(data: bytes) -> bytes:
+    """Give clients other numbers than the server has, as PgBouncer does."""
+    at = data.find(b"K\0\0\0\x0c")  # what is followed by the number of a process, and a secret
+    return data[: at + 5] + bytes(4) + data[at + 9 :] if at >= 0 else data
+
+
+async def test_a_pooler_is_refused_by_name_and_keeps_nothing(pool: Pool, past: Past) -> None:
+    async with before(past.url, alter=_renumber) as (url, _):
+        registry, handle = declared(pool, url)
+        with sandboxing(), anyio.fail_after(60):
+            async with registry.lifespan() as lifespan:
+                db = lifespan[handle]
+                with pytest.raises(Exception, match="PgBouncer"):
+                    async with lifespan.sandbox():
+                        await pool.run(db, "SELECT 1")
+                kept = (
+                    "SELECT count(*) FROM pg_prepared_statements WHERE position('lifekit' IN name) > 0"
+                )
+                assert await pool.value(db, kept) == 0
+                assert await pool.value(db, "SELECT current_setting('lock_timeout')") == "0"
+
+
+async def test_who_is_there_is_asked_again_where_that_fails(past: Past) -> None:
+    """A client that gives up meanwhile lets the server cancel it."""
+    left = [2]
+
+    def fail(data: bytes) -> bytes:
+        if left[0] and b"pg_backend_pid" in data:
+            left[0] -= 1
+            return data.replace(b"pg_backend_pid", b"pg_backend_pig")
+        return data
+
+    pool = POOLS[0]
+    async with before(past.url, alter=fail) as (url, _):
+        registry, handle = declared(pool, url)
+        with sandboxing():
+            async with registry.lifespan() as lifespan, lifespan.sandbox():
+                assert await pool.value(lifespan[handle], "SELECT 1") == 1
+    assert left == [0]

@@ -22,6 +22,11 @@ _LEFT_OPEN = (
     "when the sandbox ended, a connection was in the midst of a transaction or a statement, and it did "
     "not end within the time that it was given. It was closed."
 )
+_POOLED = (
+    "lifekit's sandbox has no connection of its own: a pooler, as PgBouncer, stands before the server. "
+    "What one block sets and prepares would stay on the pooler's connections. Let the tests connect to "
+    "the server itself."
+)
 FIRST_NUMBER = 1 << 30
 """No process of a server has the number of a client."""
 UNREACHABLE = "08006"
@@ -170,6 +175,13 @@ class Hub:
         client.send(messages.error(UNREACHABLE, why, severity="FATAL"))
         client.close()
         self.flush()
+
+    def refuse_pooler(self, client: VirtualConnection) -> None:
+        """Tell a client that it may have another connection to the server with each transaction."""
+        client.send(messages.error(UNSUPPORTED, _POOLED, severity="FATAL"))
+        client.close()
+        self._wrong.append(_POOLED)
+        self.rests_in_block()
 
     def lost(self, client: VirtualConnection, relay: Relay) -> None:
         """Take note that the server ended a connection."""
@@ -355,11 +367,11 @@ class Hub:
         """
         if not (self.is_open or (is_late and self._ended is not None)) or not client.is_idle:
             return
-        client.ask_for_channels()
-        if client.is_asking:
-            return
         assert client.relay is not None
         key = client.relay.belongs
+        client.ask_for_channels(lends=key not in self._sessions)
+        if client.is_asking:
+            return
         if key not in self._sessions:
             shared = Session(RealConnection(client.relay.send, client.send), self._later)
             self._sessions[key] = shared

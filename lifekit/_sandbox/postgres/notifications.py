@@ -29,8 +29,9 @@ COUNTER: Final = "lifekit.notified"
 """The setting with the number of the last notification that nothing has undone."""
 SHOWN: Final = "notice"
 """Up to where messages are shown, if nobody says otherwise."""
-CHANNELS: Final = "SELECT pg_catalog.json_agg(c) FROM pg_catalog.pg_listening_channels() AS c"
-"""The query for what a real connection listens to."""
+CHANNELS: Final = """SELECT pg_catalog.pg_backend_pid(), pg_catalog.json_agg(c)
+FROM pg_catalog.pg_listening_channels() AS c"""
+"""The query for the number of a real connection's process, and for what it listens to."""
 
 _LISTENS = re.compile(r"\blisten\b", re.IGNORECASE)
 _SEES = re.compile(
@@ -256,7 +257,7 @@ def notification(number: int, event: Event) -> bytes:
 
 
 def channels_in(answer: str | None) -> set[str]:
-    """Return what `CHANNELS` has found."""
+    """Return what `CHANNELS` has found last."""
     return set(json.loads(answer)) if answer else set()
 
 

@@ -267,6 +267,8 @@ class Relay:
         self._key = b""  # what cancels its statements
         self.is_ready = False
         """Whether the login is over."""
+        self.is_same = False
+        """Whether it is known to be one connection of the server's, and no pooler's."""
         self.awaited = 1  # answers that are still to end; the login's is the first
         self.status = "I"
         self.describes: deque[bytes | None] = deque()
@@ -322,6 +324,10 @@ class Relay:
         """Send a Query of the gateway's own, while it is idle; *got* gets its last row."""
         self._got, self._row = got, []
         self.ask(query)
+
+    def is_of(self, process: str | None) -> bool:
+        """Return whether the server has told at the login that its process has that number."""
+        return process == str(int.from_bytes(self._key[:4], "big"))
 
     @property
     def is_idle(self) -> bool:

@@ -306,22 +306,36 @@ class VirtualConnection:
 
     # -- what it listens to --------------------------------------------------------------------------
 
-    def ask_for_channels(self) -> None:
-        """Ask its own connection what that listens to, unless that is known."""
-        if self.channels is not None or self.is_asking or not self.is_idle:
+    def ask_for_channels(self, *, lends: bool = False, tries: int = 5) -> None:
+        """Ask its own connection what that listens to, unless that is known.
+
+        If it is to lend it, ask as well whether that is always the same one of the server's.
+        """
+        if self.is_asking or not self.is_idle:
             return
         assert self.relay is not None
+        if self.channels is not None and (self.relay.is_same or not lends):
+            return
         if self.relay.lent is not None:  # what it listens to comes true outside of blocks
             return
+        relay = self.relay
 
         def got(row: list[str | None]) -> None:
-            self.channels = channels_in(row[0] if row else None)
             self.is_asking = False
+            if len(row) != 2 and tries > 1:  # it was cancelled, as what the client waits for is
+                self.ask_for_channels(lends=lends, tries=tries - 1)
+                return
+            process, listened = row if len(row) == 2 else (None, None)
+            relay.is_same = relay.is_of(process)
+            if not (relay.is_same or relay.is_lost):
+                self.hub.refuse_pooler(self)
+                return
+            self.channels = channels_in(listened)
             self.released()
             self.hub.rests_in_block()
 
         self.is_asking = True
-        self.relay.ask_for(messages.query(CHANNELS.encode()), got)
+        relay.ask_for(messages.query(CHANNELS.encode()), got)
 
     @property
     def is_listener(self) -> bool:
