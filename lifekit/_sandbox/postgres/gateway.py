@@ -255,6 +255,9 @@ class Gateway:
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something there; the end of the gateway cancels it."""
+        self.place.post(self._spawn, coroutine)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.place.loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -263,7 +266,15 @@ class Gateway:
 
     async def begin(self) -> Begun:
         """Begin a block, or one inside of it; return whether that could be done."""
-        return await self.place.run(self._begin)
+        begun = self.place.at_once(self._begin_at_once)
+        return begun if begun is not None else await self.place.run(self._begin)
+
+    def _begin_at_once(self) -> Begun | None:
+        if not self.hub.can_begin:
+            return None
+        begun: list[Begun] = []
+        self._begin(begun.append)
+        return begun[0]
 
     def _begin(self, done: Callable[[Begun], None]) -> None:
         clients = len(self.hub.clients)
@@ -279,8 +290,9 @@ class Gateway:
 
     def end_at_once(self) -> list[str] | None:
         """Do so where that takes no waiting; None where it does, or clients know of a schema."""
-        if not self.place.is_here:
-            return None
+        return self.place.at_once(self._end_at_once)
+
+    def _end_at_once(self) -> list[str] | None:
         self._read_all()
         if not self.hub.can_end or self.hub.schema_changed:
             return None

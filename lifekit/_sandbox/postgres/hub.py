@@ -122,6 +122,15 @@ class Hub:
         return any(each.schema_changed for each in self._sessions.values())
 
     @property
+    def can_begin(self) -> bool:
+        """Whether nothing is under way that the beginning of a block has to wait for."""
+        return (
+            self._ended is None
+            and not self.is_turning
+            and (not self.depth or self._all_rest(self.depth))
+        )
+
+    @property
     def can_end(self) -> bool:
         """Whether nothing is under way that the end of the innermost block has to wait for."""
         return not (self.is_turning or self._is_refused) and self._all_rest(self.depth - 1)

@@ -67,6 +67,10 @@ class Place:
         else:
             self.loop.call_soon_threadsafe(call, *args)
 
+    def at_once(self, call: Callable[[], T | None]) -> T | None:
+        """Call something that does not wait, if this is the place; else return None."""
+        return call() if self.is_here else None
+
     async def run(self, call: Callable[[Callable[[T], None]], object]) -> T:
         """Have something called there, and wait for what it gives to its argument."""
         if self.is_here:
@@ -92,7 +96,7 @@ class Place:
     def hang(self, moves: _Moves) -> None:
         """Let *moves* hang on the loop, whichever that is."""
         self._hanging.add(moves)
-        moves.attach(self.loop)
+        self.post(self._attach, moves)
 
     def drop(self, moves: _Moves) -> None:
         """Let it go."""
@@ -120,16 +124,18 @@ class Place:
         self._thread_id = self._thread.ident
         self.loop.call_soon_threadsafe(self._attach_all)
 
+    def _attach(self, moves: _Moves) -> None:
+        if moves in self._hanging:
+            moves.attach(self.loop)
+
     def _attach_all(self) -> None:
         for each in list(self._hanging):
             each.attach(self.loop)
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        try:
+        with contextlib.closing(self.loop):
+            asyncio.set_event_loop(self.loop)
             self.loop.run_forever()
-        finally:
-            self.loop.close()
 
     def end_thread(self) -> None:
         """End the thread, if there is one. Everything is dropped before."""
@@ -263,6 +269,10 @@ class Wire:
             return  # reading tells that it is lost
         if sent < len(data):
             self._unsent += data[sent:]
+            self._place.post(self._wait_to_send)
+
+    def _wait_to_send(self) -> None:
+        if self._unsent and not self._is_closed:
             self._place.loop.add_writer(self._socket, self._send)
 
     def _send(self) -> None:
