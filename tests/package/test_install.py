@@ -30,7 +30,7 @@ def test_each_module_can_be_imported_unless_it_is_of_one_driver(installed: Envir
     """What can't lacks the package that it is about, and nothing else."""
     lacking = dict(line.split() for line in installed.run(PROGRAMS / "modules.py").splitlines())
     assert lacking == {
-        "lifekit.drivers.aiopg": "aiopg",
+        "lifekit.drivers.aiopg": "psycopg2",
         "lifekit.drivers.asyncpg": "asyncpg",
         "lifekit.drivers.pg8000": "pg8000",
         "lifekit.drivers.psycopg": "psycopg",

@@ -58,7 +58,7 @@ class JoinedTransport(asyncio.Transport):
             refuse_stragglers("a connection of asyncpg")  # who calls has a context, no socket has one
         place = self._place
         if not place.is_here:
-            place.post(self._write, sent)
+            place.do(self._write, sent)
             return
         self._writes = True  # asyncpg does not expect an answer before this returns
         self._write(sent)

@@ -2,7 +2,8 @@
 
 It begins in the application's, which costs least. A client that blocks its thread while it waits would
 wait forever for a gateway in that same thread: before the first one comes, everything moves into a
-thread, sockets, timers and all. It never moves back.
+thread, sockets, timers and all. It never moves back. While that thread has nothing to do, another one
+may do something in its place, which is quicker than to wake it and to wait for it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import selectors
 import socket
 import ssl
 import threading
@@ -34,6 +36,31 @@ class _Moves(Protocol):
         """Let go of it."""
 
 
+class Idleness(selectors.DefaultSelector):
+    """What a place's thread waits with; while it waits, another thread may have the place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = threading.Lock()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait, and let go of the place meanwhile, unless there is something to do already."""
+        if timeout == 0:
+            return super().select(timeout)
+        self.taken.release()
+        try:
+            found = super().select(timeout)
+        finally:
+            self.taken.acquire()
+        # Who had the place since may have done that already, and closed what it came from.
+        registered = self.get_map()
+        return [(key, mask) for key, mask in found if registered.get(key.fd) is key]
+
+    def is_idle(self) -> bool:
+        """Return whether nothing has come; calls from other threads come by a socket, too."""
+        return not super().select(0)
+
+
 class Place:
     """The event loop in which all of a lifespan's gateways run; all that they do is done there."""
 
@@ -41,6 +68,7 @@ class Place:
         """Begin in the running loop, where that is asyncio's and knows sockets; Windows' does not."""
         self._thread_id = threading.get_ident()
         self._thread: threading.Thread | None = None
+        self._selector: Idleness | None = None
         self._hanging: set[_Moves] = set()
         try:
             self.loop = asyncio.get_running_loop()
@@ -68,8 +96,29 @@ class Place:
             self.loop.call_soon_threadsafe(call, *args)
 
     def at_once(self, call: Callable[[], T | None]) -> T | None:
-        """Call something that does not wait, if this is the place; else return None."""
-        return call() if self.is_here else None
+        """Call something that does not wait: here, or in place of a thread that has nothing to do.
+
+        Return None where it has something to do.
+        """
+        if self.is_here:
+            return call()
+        selector = self._selector
+        if selector is None or not selector.taken.acquire(blocking=False):
+            return None
+        try:
+            return call() if selector.is_idle() else None
+        finally:
+            selector.taken.release()
+
+    def do(self, call: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Have something done that does not wait: at once, where the thread has nothing to do."""
+
+        def done() -> bool:
+            call(*args)
+            return True
+
+        if self.at_once(done) is None:
+            self.loop.call_soon_threadsafe(call, *args)
 
     async def run(self, call: Callable[[Callable[[T], None]], object]) -> T:
         """Have something called there, and wait for what it gives to its argument."""
@@ -117,12 +166,16 @@ class Place:
         assert self.is_here
         for each in self._hanging:
             each.detach(self.loop)
-        self.loop = asyncio.SelectorEventLoop()
-        self._thread = threading.Thread(target=self._run, name="lifekit-gateway", daemon=True)
-        self._thread.start()
-        assert self._thread.ident is not None
-        self._thread_id = self._thread.ident
-        self.loop.call_soon_threadsafe(self._attach_all)
+        selector = Idleness()
+        with selector.taken:
+            self.loop, self._selector = asyncio.SelectorEventLoop(selector), selector
+            self._thread = threading.Thread(
+                target=self._run, args=(selector.taken,), name="lifekit-gateway", daemon=True
+            )
+            self._thread.start()
+            assert self._thread.ident is not None
+            self._thread_id = self._thread.ident
+            self.loop.call_soon_threadsafe(self._attach_all)
 
     def _attach(self, moves: _Moves) -> None:
         if moves in self._hanging:
@@ -132,8 +185,8 @@ class Place:
         for each in list(self._hanging):
             each.attach(self.loop)
 
-    def _run(self) -> None:
-        with contextlib.closing(self.loop):
+    def _run(self, taken: threading.Lock) -> None:
+        with taken, contextlib.closing(self.loop):
             asyncio.set_event_loop(self.loop)
             self.loop.run_forever()
 
