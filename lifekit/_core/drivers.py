@@ -25,7 +25,7 @@ class Sandbox:
     """What undoes all that one test did to one value: override it, and return it from a driver.
 
     One block: ``begin``, the test, ``end``. After a ``begin``, even one that failed, ``end``
-    is called once; it is not cancelled. What is slow belongs into the first ``begin``, and is kept
+    is called once; it is not cancelled. What is slow belongs in the first ``begin``, and is kept
     until ``close``. Blocks nest: ``begin`` may come again before ``end``, which undoes the inner one.
     """
 
