@@ -202,11 +202,12 @@ def mix_in(noting: Any, pool: Any) -> None:
     """Let *pool*, an open one, do what *noting* adds to its class: note who acquires."""
     if not isinstance(pool, noting):
         with suppress(Exception):  # a subclass whose layout or metaclass forbids it goes unnoted
-            pool.__class__ = _mixed(noting, pool.__class__)
+            pool.__class__ = mixed(noting, pool.__class__)
 
 
 @functools.cache
-def _mixed(noting: Any, kind: Any) -> type:
+def mixed(noting: Any, kind: Any) -> type:
+    """Return a class that passes for *kind*, and does what *noting* adds to it."""
     return type(kind.__name__, (noting, kind), {"__slots__": (), **named_like(kind)})
 
 

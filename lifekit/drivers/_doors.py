@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 from lifekit._core.drivers import Gateway, load
 from lifekit._util.call_sites import caller_frame
@@ -39,6 +40,15 @@ class Door(NamedTuple):
 
 chosen: ContextVar[Gateway | None] = ContextVar("lifekit.gateway", default=None)
 """The gateway of what a value of lifekit's connects now, whoever made it do so."""
+
+
+gateways: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Those by which libpq's connections were made, and which cancel what these do.
+
+libpq's own `PQcancel` waits for the server, and both its clients let no other thread of Python run
+meanwhile (`connection_type.c` of psycopg2 2.9, `pgcancel.pyx` of psycopg 3.3): a gateway, which is such
+a thread, would never answer.
+"""
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import psycopg2
 from psycopg2.extensions import (
+    STATUS_PREPARED,
     TRANSACTION_STATUS_ACTIVE,
     TRANSACTION_STATUS_IDLE,
     TRANSACTION_STATUS_INERROR,
@@ -23,8 +24,8 @@ from lifekit._core.drivers import Gateway, Sandbox, judge
 from lifekit._core.errors import DeclarationError, SandboxEscapedError
 from lifekit._util.redact import redact
 
-from ._checkouts import Checkouts, Connected, Pooled, mix_in, pool_sandbox
-from ._doors import Door, Here, by_way_of, checkout, chosen
+from ._checkouts import Checkouts, Connected, Pooled, mix_in, mixed, pool_sandbox
+from ._doors import Door, Here, by_way_of, checkout, chosen, gateways
 
 checkouts: Checkouts = Checkouts("psycopg2")
 _MEND = "Let the factory connect, so that each lifespan gets its own."
@@ -207,18 +208,35 @@ class PoolDriver(Pooled[AbstractConnectionPool]):
         return judge(error) is True
 
 
+class _Cancelling:
+    """What the class of a connection is mixed with that was made by way of a gateway."""
+
+    __slots__ = ()
+
+    def cancel(self) -> None:
+        made: Any = self
+        if made.closed or made.status == STATUS_PREPARED:
+            made = super()
+            made.cancel()  # which says what is wrong
+        else:
+            gateways[made].cancel(_number(made))
+
+
 def _through(connect: Any, here: Here) -> Any:
     """Return what connects by way of the gateway of the calling code, where it has one."""
 
-    def by_gateway(dsn: str, *args: Any, **options: Any) -> Any:
+    def by_gateway(dsn: str, connection_factory: Any = None, *args: Any, **options: Any) -> Any:
         from ._libpq import redirected
 
         given = parse_dsn(dsn)
         gateway = here(given.get("host"), given.get("port"))
         if gateway is None:
-            return connect(dsn, *args, **options)
+            return connect(dsn, connection_factory, *args, **options)
         by = checkout()
-        made = connect(make_dsn(**redirected(given, gateway)), *args, **options)
+        factory = connection_factory or mixed(_Cancelling, connection)
+        made = connect(make_dsn(**redirected(given, gateway)), factory, *args, **options)
+        mix_in(_Cancelling, made)
+        gateways[made] = gateway
         gateway.made(made, _number, by)
         return made
 

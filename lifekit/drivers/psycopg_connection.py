@@ -17,7 +17,7 @@ from lifekit._core.errors import DeclarationError
 from lifekit._util.redact import redact
 
 from ._checkouts import Checkouts, Connected, called_like
-from ._doors import Door, Here, checkout
+from ._doors import Door, Here, checkout, gateways
 
 if TYPE_CHECKING:
     SyncConnection = psycopg.Connection[Any]
@@ -33,13 +33,25 @@ _MEND = "Let the factory connect, so that each lifespan gets its own."
 
 
 @functools.cache
-def _in_tests(kind: Any) -> Any:
-    """Return the class that a connection of *kind* gets in test mode, where a use may be too late."""
+def _in_tests(kind: Any, *, is_nobodys: bool) -> Any:
+    """Return the class that a connection of *kind* gets that is made by way of a gateway.
 
+    If it *is_nobodys*, no pool refuses a use that is too late.
+    """
     # Of that one base: beside another the layout would differ.
     base = psycopg.BaseConnection if TYPE_CHECKING else kind
 
-    class InTests(base):  # type: ignore[misc,valid-type]
+    class ByGateway(base):  # type: ignore[misc,valid-type]
+        __slots__ = ()
+
+        def cancel(self) -> None:
+            if not self.closed:
+                gateways[self].cancel(self.info.backend_pid)
+
+    if not is_nobodys:
+        return called_like(kind, ByGateway)
+
+    class InTests(ByGateway):
         __slots__ = ()
 
         def wait(self, *args: Any, **options: Any) -> Any:
@@ -157,8 +169,9 @@ def _through(connect: Any, here: Here) -> Any:
         by = checkout()
         pointed = make_conninfo("", **redirected(given, gateway))
         connection = yield from connected(kind, pointed)
-        if gateway.made(connection, async_driver.number, by):
-            connection.__class__ = _in_tests(cast("Any", type(connection)))
+        is_nobodys = gateway.made(connection, async_driver.number, by)
+        connection.__class__ = _in_tests(cast("Any", type(connection)), is_nobodys=is_nobodys)
+        gateways[connection] = gateway
         return connection
 
     return classmethod(by_gateway)

@@ -222,6 +222,16 @@ async def test_a_thread_for_which_the_event_loop_waits_is_told_so(
         await connection.close()
 
 
+async def test_what_another_thread_cancels_is_cancelled_by_each_client_of_libpq(past: Past) -> None:
+    """libpq itself would wait for the gateway, and let no thread run meanwhile."""
+    program = [sys.executable, "-m", "tests.sandbox.cancelling", past.url]
+    ran = await asyncio.to_thread(
+        subprocess.run, program, stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    )
+    psycopg2s = ["connect", "of_a_class", "of_a_function", "of_an_engine"]
+    assert ran.stdout.split() == [*psycopg2s, "connect", "of_a_pool"]
+
+
 async def test_what_a_task_still_has_open_is_named_and_closed(lifespan: Lifespan, past: Past) -> None:
     has, end = asyncio.Event(), asyncio.Event()
     made: list[asyncpg.Connection[Any]] = []

@@ -321,6 +321,16 @@ class Gateway:
 
         await self.place.run(cut)
 
+    def cancel(self, number: int) -> None:
+        """End what the client of a number does; in any thread."""
+
+        def cancel() -> None:
+            if (client := self.hub.clients.get(number)) is not None:
+                self.hub.cancel_client(client)
+                self.hub.flush()
+
+        self.place.post(cancel)
+
     # -- its end -------------------------------------------------------------------------------------
 
     def close(self) -> None:

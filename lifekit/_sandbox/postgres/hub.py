@@ -250,8 +250,12 @@ class Hub:
     def cancel(self, request: CancelRequest) -> None:
         """End what a client does, where the request knows its secret."""
         client = self.clients.get(request.number)
-        if client is None or not compare_digest(client.secret, request.secret):
-            return
+        if client is not None and compare_digest(client.secret, request.secret):
+            self.cancel_client(client)
+
+    @staticmethod
+    def cancel_client(client: VirtualConnection) -> None:
+        """End what a client does."""
         if client.conversation is not None:
             client.conversation.cancel()
         elif client.relay is not None:

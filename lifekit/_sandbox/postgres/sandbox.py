@@ -253,6 +253,11 @@ class PostgresSandbox(Isolation):
         if self._gateway is not None and number is not None:
             await self._gateway.cut(number)
 
+    def cancel(self, number: int | None) -> None:
+        """End what the connection of that number does, as soon as that is possible; in any thread."""
+        if self._gateway is not None and number is not None:
+            self._gateway.cancel(number)
+
     # -- blocks ----------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
