@@ -313,7 +313,8 @@ async def test_a_connection_ends_amid_a_statement_and_nobody_waits_for_that(
     house: House, past: Past
 ) -> None:
     """What it had not committed is undone."""
-    asleep = "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    sleeps = "datname = 'pools' AND wait_event = 'PgSleep'"
+    asleep = f"SELECT count(*) = 1 FROM pg_stat_activity WHERE {sleeps}"
     with anyio.fail_after(30):
         async with house.lifespan.sandbox():
             await house.run(ADD)
