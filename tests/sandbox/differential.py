@@ -145,8 +145,9 @@ class Application:
             self.busy = None
 
     async def finish(self) -> list[Any]:
-        """Give everything back, and look at what there is."""
-        seen: list[Any] = [await self.do(Op("release", who)) for who in sorted(self.held)]
+        """Give everything back, first what others would wait for, and look at what there is."""
+        held = sorted(self.held, key=lambda who: (who != self.busy, who))
+        seen: list[Any] = [await self.do(Op("release", who)) for who in held]
         for table in ("parent", "child", "item", "log", "watched"):
             query = f"SELECT t::text FROM app.{table} AS t ORDER BY 1"
             seen.append((table, await self.do(Op("fetch", POOL, (query,)))))
