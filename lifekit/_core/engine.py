@@ -358,6 +358,7 @@ class Engine(Nodes):
         """Have *change* made at the owner's next turn."""
         if self.finished.is_set():
             change()
+            return
         self._changes.append(change)
         self._bell.set()
 

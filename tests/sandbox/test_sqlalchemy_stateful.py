@@ -339,7 +339,7 @@ class SqlalchemyApplication(Application):
         return str(sorted(f"{type(one).__name__}: {one}" for one in seen))
 
 
-crowds: list[tuple[Any, ...]] = [
+CROWDS: list[tuple[Any, ...]] = [
     ("UPDATE app.parent SET v = v || '!'", "SELECT 1/0", "INSERT INTO app.log VALUES ('at once')"),
     ("INSERT INTO app.watched VALUES (7)", "INSERT INTO app.watched VALUES (-7)", "SELECT 1"),
 ]
@@ -364,7 +364,7 @@ acts: dict[str, st.SearchStrategy[tuple[Any, ...]]] = {
     "autocommitted": st.tuples(st.sampled_from(WRITES)),
     "exhausted": st.just(()),
     "dispose": st.just(()),
-    "at_once": st.sampled_from(crowds),
+    "at_once": st.sampled_from(CROWDS),
     "acquire": st.tuples(
         st.sampled_from(["connection", "connection", "session"]), st.sampled_from(sorted(MODES))
     ),

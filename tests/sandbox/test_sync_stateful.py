@@ -33,7 +33,7 @@ from .differential import (
     sequences_of,
     sql,
 )
-from .test_sqlalchemy_stateful import CORE, MODES
+from .test_sqlalchemy_stateful import CORE, CROWDS, MODES
 
 
 async def connect(url: str) -> Any:
@@ -208,10 +208,6 @@ class SyncApplication(Application):
         return str(sorted(f"{type(one).__name__}: {one}" for one in seen))
 
 
-crowds: list[tuple[Any, ...]] = [
-    ("UPDATE app.parent SET v = v || '!'", "SELECT 1/0", "INSERT INTO app.log VALUES ('at once')"),
-    ("INSERT INTO app.watched VALUES (7)", "INSERT INTO app.watched VALUES (-7)", "SELECT 1"),
-]
 plain_sql = st.one_of(*(st.sampled_from(each) for each in (WRITES, WRITES, READS, SESSION, DDL)))
 acts: dict[str, st.SearchStrategy[tuple[Any, ...]]] = {
     "execute": st.tuples(plain_sql),
@@ -224,7 +220,7 @@ acts: dict[str, st.SearchStrategy[tuple[Any, ...]]] = {
     "nested": st.tuples(st.sampled_from(["begin", "begin", "commit", "rollback"])),
     "exhausted": st.just(()),
     "dispose": st.just(()),
-    "at_once": st.sampled_from(crowds),
+    "at_once": st.sampled_from(CROWDS),
     "acquire": st.tuples(st.sampled_from(sorted(MODES))),
     "release": st.just(()),
 }
