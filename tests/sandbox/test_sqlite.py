@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import anyio
 import pytest
 from sqlalchemy import (
@@ -61,6 +62,10 @@ def rows(path: Path) -> list[str]:
 
 async def run(value: Any, statement: str) -> Sequence[Any]:
     """Run it in a transaction of its own, and commit; return the first column."""
+    if isinstance(value, aiosqlite.Connection):
+        found = [row[0] for row in await value.execute_fetchall(statement)]
+        await value.commit()
+        return found
     if isinstance(value, AsyncEngine):
         async with value.begin() as connection:
             result = await connection.execute(text(statement))
@@ -113,6 +118,7 @@ ON_FILES: dict[str, Callable[[Path], Any]] = {
     "async, file, NullPool": aio(url, poolclass=NullPool),
     "async, file, StaticPool": aio(url, poolclass=StaticPool),
     "async, URI": aio(by_uri),
+    "aiosqlite, file": lambda path: aiosqlite.connect(path),
 }
 KINDS: dict[str, Callable[[Path], Any]] = {
     **ON_FILES,
@@ -123,6 +129,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "async, memory": aio(memory),
     "async, memory, a queue": aio(memory, poolclass=AsyncAdaptedQueuePool, **one),
     "async, shared memory": aio(shared, poolclass=AsyncAdaptedQueuePool),
+    "aiosqlite, memory": lambda path: aiosqlite.connect(":memory:"),
 }
 
 
@@ -363,6 +370,73 @@ async def test_what_may_last_is_left_alone(file: Path) -> None:
     assert rows(file) == ["first", "second"]
 
 
+# -- connections of aiosqlite ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["file", ":memory:"])
+async def test_a_connection_of_aiosqlite_keeps_its_settings_in_a_block(where: str, file: Path) -> None:
+    async def make() -> aiosqlite.Connection:
+        at = str(file) if where == "file" else where
+        connection = await aiosqlite.connect(at, detect_types=sqlite3.PARSE_COLNAMES)
+        connection.row_factory = sqlite3.Row
+        await connection.execute("PRAGMA foreign_keys = ON")
+        return connection
+
+    async with opened(make) as (lifespan, value):
+        async with lifespan.sandbox():
+            [row] = await value.execute_fetchall("SELECT '2026-01-02' AS 'day [date]'")
+            assert f"{row['day']!r}" == "datetime.date(2026, 1, 2)"
+            assert await run(value, "PRAGMA foreign_keys") == [1]
+            await run(value, "PRAGMA foreign_keys = OFF")
+        assert await run(value, "PRAGMA foreign_keys") == [1]
+
+
+async def test_a_connection_of_aiosqlite_shares_the_copy_of_an_engine(file: Path) -> None:
+    registry = Registry("sqlite")
+    engine = registry.resource(name="engine")(lambda: create_engine(url(file)))
+    connection = registry.resource(name="connection")(lambda: aiosqlite.connect(file))
+    with sandboxing():
+        async with registry.lifespan() as lifespan:
+            async with lifespan.sandbox():
+                await add(lifespan[engine], "second")
+                assert await slugs(lifespan[connection]) == ["first", "second"]
+            assert await slugs(lifespan[connection]) == ["first"]
+
+
+async def test_what_outlives_its_block_reaches_aiosqlite_no_more(file: Path) -> None:
+    async with opened(lambda: aiosqlite.connect(file)) as (lifespan, value):
+        over = anyio.Event()
+
+        async def late() -> None:
+            await over.wait()
+            with pytest.raises(SandboxEscapedError, match="a connection of aiosqlite is used"):
+                await add(value, "late")
+
+        async with anyio.create_task_group() as group:
+            async with lifespan.sandbox():
+                group.start_soon(late)
+            over.set()
+    assert rows(file) == ["first"]
+
+
+async def test_no_block_begins_in_a_transaction_of_aiosqlite(file: Path) -> None:
+    async with opened(lambda: aiosqlite.connect(file)) as (lifespan, value):
+        await value.execute("INSERT INTO links VALUES ('second')")
+        with pytest.raises(SandboxBusyError, match="Commit it before"):
+            async with lifespan.sandbox():
+                pass
+        await value.commit()
+        async with lifespan.sandbox():
+            assert await slugs(value) == ["first", "second"]
+
+
+async def test_a_block_may_close_a_connection_of_aiosqlite(file: Path) -> None:
+    async with opened(lambda: aiosqlite.connect(file)) as (lifespan, value), lifespan.sandbox():
+        await add(value, "second")
+        await value.close()
+    assert rows(file) == ["first"]
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -400,7 +474,7 @@ async def test_a_connection_that_a_block_leaves_behind_is_named_and_closed(
             assert await slugs(value) == ["first"]
 
 
-@pytest.mark.parametrize("kind", ["sync, file", "async, file", "async, memory"])
+@pytest.mark.parametrize("kind", ["sync, file", "async, file", "async, memory", "aiosqlite, file"])
 @pytest.mark.parametrize("statement", ["ATTACH '{}' AS other", "VACUUM INTO '{}'"])
 async def test_one_more_file_is_not_touched_in_a_block(
     kind: str, statement: str, file: Path, tmp_path: Path
@@ -408,8 +482,10 @@ async def test_one_more_file_is_not_touched_in_a_block(
     async with opened(lambda: KINDS[kind](file)) as (lifespan, value):
         with pytest.raises(SandboxUnsupportedError, match=r"more.db' was not attached"):
             async with lifespan.sandbox():
-                autocommit = value.execution_options(isolation_level="AUTOCOMMIT")
-                with pytest.raises(DatabaseError, match="authoriz"):
+                autocommit = value
+                if not isinstance(value, aiosqlite.Connection):
+                    autocommit = value.execution_options(isolation_level="AUTOCOMMIT")
+                with pytest.raises((DatabaseError, sqlite3.DatabaseError), match="authoriz"):
                     await run(autocommit, statement.format(tmp_path / "more.db"))
                 await run(autocommit, "ATTACH ':memory:' AS other")
                 await run(autocommit, "VACUUM")

@@ -341,11 +341,15 @@ class PostgresSandbox(Isolation):
 
         return sandbox(client, described, self)
 
-    def sqlite(self, driver: Pooled[T], value: T) -> PoolSandbox[T]:
-        """Return the sandbox of an engine on SQLite."""
-        from lifekit._sandbox.sqlite.engines import EngineSandbox  # here, for it imports sqlalchemy
+    def sqlite(self, driver: Any, value: Any) -> Sandbox:
+        """Return the sandbox of an engine on SQLite, or of a connection of aiosqlite."""
+        if isinstance(driver, Pooled):
+            from lifekit._sandbox.sqlite.engines import EngineSandbox  # here, for it imports sqlalchemy
 
-        return EngineSandbox(self, driver, value)
+            return EngineSandbox(self, driver, value)
+        from lifekit._sandbox.sqlite.connections import ConnectionSandbox  # and this aiosqlite
+
+        return ConnectionSandbox(self, value)
 
     def refusal(
         self,

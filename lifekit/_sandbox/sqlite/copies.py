@@ -12,12 +12,14 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 from weakref import WeakKeyDictionary
 
 from lifekit._core.block import Block
+from lifekit._core.errors import SandboxUnsupportedError
 
 _numbers = itertools.count(1)
 _copies: WeakKeyDictionary[object, Copies] = WeakKeyDictionary()
@@ -226,3 +228,24 @@ def _fast_place(size: int) -> str | None:
 def copies_of(gateway: object) -> Copies:
     """Return those of a lifespan."""
     return _copies.get(gateway) or _copies.setdefault(gateway, Copies())
+
+
+def authorizer(denied: list[str]) -> Callable[..., int]:
+    """Return what lets SQLite attach no file, as VACUUM INTO does too; *denied* gets them."""
+
+    def allows(action: int, name: str | None, *rest: str | None) -> int:
+        if action != sqlite3.SQLITE_ATTACH or name in ("", ":memory:"):
+            return sqlite3.SQLITE_OK
+        denied.append(f"a file named {name!r}" if name is not None else "a file")
+        return sqlite3.SQLITE_DENY
+
+    return allows
+
+
+def not_attached(denied: list[str]) -> SandboxUnsupportedError:
+    """Return what says so, after the block: the statement's own error does not."""
+    return SandboxUnsupportedError(
+        f"in the sandbox {', '.join(dict.fromkeys(denied))} was not attached, nor written by "
+        "VACUUM INTO: what is done to one more file can't be undone. Attach ':memory:' in tests, or "
+        'run the test without a sandbox, @pytest.mark.lifekit(isolation="none").'
+    )

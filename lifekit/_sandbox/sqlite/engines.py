@@ -18,7 +18,7 @@ from lifekit._core.errors import SandboxBusyError, SandboxUnsupportedError
 from lifekit._sandbox.postgres.sandbox import GIVING_BACK, PoolSandbox, lets_go
 from lifekit.drivers._checkouts import Checkout, Pooled, current_task
 
-from .copies import Layer, copies_of, place_of
+from .copies import Layer, authorizer, copies_of, not_attached, place_of
 
 T = TypeVar("T")
 
@@ -96,12 +96,7 @@ class EngineSandbox(PoolSandbox[T]):
         if told is not None:
             raise told
         if denied:
-            raise SandboxUnsupportedError(
-                f"in the sandbox {', '.join(dict.fromkeys(denied))} was not attached, nor written by "
-                "VACUUM INTO: what is done to one more file can't be undone. Attach ':memory:' in "
-                "tests, or run the test without a sandbox, "
-                '@pytest.mark.lifekit(isolation="none").'
-            )
+            raise not_attached(denied)
 
     def end_at_once(self) -> bool:
         """Do nothing: closing connections may take waiting."""
@@ -178,7 +173,7 @@ class EngineSandbox(PoolSandbox[T]):
             made = connect(dialect, *given, **{**options, "check_same_thread": False})
             if (source := self._source(inside)) is not None:
                 _call(source, "backup", _raw(made))
-        _call(made, "set_authorizer", self._authorize)
+        _call(made, "set_authorizer", authorizer(self._denied))
         return made
 
     def _source(self, inside: _Inside) -> Any:
@@ -191,12 +186,6 @@ class EngineSandbox(PoolSandbox[T]):
             if record is not None and record.dbapi_connection is not None:
                 return record.dbapi_connection
         return None
-
-    def _authorize(self, action: int, name: str | None, *rest: str | None) -> int:
-        if action != sqlite3.SQLITE_ATTACH or name in ("", ":memory:"):
-            return sqlite3.SQLITE_OK
-        self._denied.append(f"a file named {name!r}" if name is not None else "a file")
-        return sqlite3.SQLITE_DENY
 
 
 def root(value: Any) -> Any:
