@@ -18,7 +18,8 @@ class AiosqliteDriver(Driver[aiosqlite.Connection]):
 
     async def open(self, value: aiosqlite.Connection) -> aiosqlite.Connection:
         """Connect, where that has not been done."""
-        return value if value._connection is not None else await value
+        connection: Any = value
+        return value if connection._connection is not None else await value
 
     async def check(self, value: aiosqlite.Connection) -> None:
         """Run one `SELECT 1`."""
@@ -30,9 +31,10 @@ class AiosqliteDriver(Driver[aiosqlite.Connection]):
 
     def terminate(self, value: aiosqlite.Connection) -> None:
         """Interrupt what it is at, and let its thread end."""
-        if value._connection is not None:
-            value._connection.interrupt()
-        value.stop()
+        connection: Any = value
+        if connection._connection is not None:
+            connection._connection.interrupt()
+        connection.stop()
 
     def describe(self, value: aiosqlite.Connection) -> str:
         """Return its database."""

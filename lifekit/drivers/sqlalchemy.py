@@ -159,7 +159,7 @@ class _Engines(Pooled[T]):
         """Let the engine connect as it did."""
         use = use_of(value)
         if use.gateway is not None:
-            vars(root(sync(value)).dialect).pop("connect", None)
+            root(sync(value)).dialect.__dict__.pop("connect", None)
         use.gateway = None
 
     async def reconnect(self, value: T) -> None:

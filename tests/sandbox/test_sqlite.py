@@ -192,6 +192,20 @@ async def test_an_inner_block_undoes_its_own_part_alone(kind: str, file: Path) -
 
 
 @each_on_files
+async def test_the_copy_is_in_a_folder_that_is_gone_afterwards(kind: str, file: Path) -> None:
+    async with opened(lambda: ON_FILES[kind](file)) as (lifespan, value):
+        async with lifespan.sandbox():
+            [copy] = await run(value, "SELECT file FROM pragma_database_list WHERE name = 'main'")
+            assert exists(copy)
+        assert not exists(copy)
+        assert not exists(str(Path(copy).parents[1]))
+
+
+def exists(path: str) -> bool:
+    return Path(path).exists()
+
+
+@each_on_files
 async def test_the_file_is_not_written_in_a_block(kind: str, file: Path) -> None:
     async with opened(lambda: ON_FILES[kind](file)) as (lifespan, value):
         before = content(file)
@@ -206,6 +220,12 @@ def content(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def linked(path: Path) -> Path:
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    return link
+
+
 def names(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir())
 
@@ -214,9 +234,9 @@ def names(folder: Path) -> list[str]:
 
 
 async def test_two_engines_on_one_file_share_one_copy(file: Path) -> None:
-    """Under two spellings of its path, and in a block that begins inside another one."""
+    """Also by a link to it, and in a block that begins inside another one."""
     registry = Registry("sqlite")
-    other = file.parent / ".." / file.parent.name / file.name
+    other = linked(file)
     first = registry.resource(name="first")(lambda: create_engine(url(file)))
     second = registry.resource(name="second")(lambda: ON_FILES["async, file"](other))
     with sandboxing():
@@ -259,8 +279,10 @@ async def test_threads_work_on_the_same_copy(file: Path) -> None:
         assert await slugs(value) == ["first"]
 
 
-async def test_a_thread_with_a_database_of_its_own_finds_it_as_it_was() -> None:
-    """Under SingletonThreadPool each thread has one, in memory."""
+async def test_a_thread_with_a_database_of_its_own_finds_it_as_it_was(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Under SingletonThreadPool each thread has one, in memory. Its copy is closed with the block."""
     thread = anyio.CapacityLimiter(1)
     async with opened(lambda: create_engine("sqlite://")) as (lifespan, value):
 
@@ -277,6 +299,7 @@ async def test_a_thread_with_a_database_of_its_own_finds_it_as_it_was() -> None:
             await there("INSERT INTO own VALUES (1)")
             assert await there("SELECT n FROM own") == [1]
             assert await slugs(value) == ["first"]
+        assert "Exception closing connection" not in caplog.text
         assert await there("SELECT n FROM own") == []
 
 
@@ -379,6 +402,7 @@ async def test_a_connection_of_aiosqlite_keeps_its_settings_in_a_block(where: st
         at = str(file) if where == "file" else where
         connection = await aiosqlite.connect(at, detect_types=sqlite3.PARSE_COLNAMES)
         connection.row_factory = sqlite3.Row
+        connection.isolation_level = "IMMEDIATE"
         await connection.execute("PRAGMA foreign_keys = ON")
         return connection
 
@@ -387,6 +411,7 @@ async def test_a_connection_of_aiosqlite_keeps_its_settings_in_a_block(where: st
             [row] = await value.execute_fetchall("SELECT '2026-01-02' AS 'day [date]'")
             assert f"{row['day']!r}" == "datetime.date(2026, 1, 2)"
             assert await run(value, "PRAGMA foreign_keys") == [1]
+            assert value.isolation_level == "IMMEDIATE"
             await run(value, "PRAGMA foreign_keys = OFF")
         assert await run(value, "PRAGMA foreign_keys") == [1]
 

@@ -343,7 +343,7 @@ class PostgresSandbox(Isolation):
 
     def sqlite(self, driver: Any, value: Any) -> Sandbox:
         """Return the sandbox of an engine on SQLite, or of a connection of aiosqlite."""
-        if isinstance(driver, Pooled):
+        if issubclass(type(driver), Pooled):
             from lifekit._sandbox.sqlite.engines import EngineSandbox  # here, for it imports sqlalchemy
 
             return EngineSandbox(self, driver, value)

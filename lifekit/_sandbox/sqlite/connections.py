@@ -35,7 +35,6 @@ class ConnectionSandbox(Sandbox):
         self._begun: list[tuple[Layer, sqlite3.Connection] | None] = []
         self._denied: list[str] = []
         self._execute: Any = value._execute
-        value._execute = self._guarded
 
     async def _guarded(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         refuse_stragglers("a connection of aiosqlite")
@@ -50,6 +49,7 @@ class ConnectionSandbox(Sandbox):
         """
         self._begun.append(None)
         value = self._value
+        value._execute = self._guarded
         known, own = given(value), value._connection
         if own is None:
             return  # it is closed
@@ -82,7 +82,8 @@ class ConnectionSandbox(Sandbox):
                 "the main database alone. Attach it in the code that uses it, or override the resource."
             )
         place = place_of(database, bool(options.get("uri")))
-        made = sqlite3.connect(layer.copy_of(place) if place.path else database, **options)
+        where = layer.copy_of(place) if place.path else database
+        made: sqlite3.Connection = sqlite3.connect(where, **options)
         try:
             if not place.path:
                 own.backup(made)
@@ -121,11 +122,11 @@ class ConnectionSandbox(Sandbox):
     async def close(self) -> None:
         """Let the connection be as it was."""
         self._copies.close()
-        vars(self._value).pop("_execute", None)
+        self._value.__dict__.pop("_execute", None)
 
     def terminate(self) -> None:
         """Let it be as it was, and let nothing reach its own database that was meant for a copy."""
-        vars(self._value).pop("_execute", None)
+        self._value.__dict__.pop("_execute", None)
 
 
 def _rows(connection: sqlite3.Connection, pragma: str) -> list[tuple[Any, ...]]:

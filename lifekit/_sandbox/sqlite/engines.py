@@ -43,7 +43,6 @@ class EngineSandbox(PoolSandbox[T]):
         self._copies.share()
         self._inside: list[_Inside | None] = []
         self._denied: list[str] = []
-        self._engine.dialect.connect = self._connect
 
     # -- blocks ----------------------------------------------------------------------------------------
 
@@ -68,7 +67,7 @@ class EngineSandbox(PoolSandbox[T]):
         around = self._now()
         sources = [*_idle(pool), *(around.sources if around is not None else ())]
         self._inside[-1] = _Inside(layer, pool, sources)
-        self._engine.pool = pool.recreate()
+        self._engine.pool, self._engine.dialect.connect = pool.recreate(), self._connect
 
     async def end(self) -> None:
         """Put the pool back, and throw away what the block's connections wrote.
@@ -162,7 +161,7 @@ class EngineSandbox(PoolSandbox[T]):
 
     def _connect(self, *given: Any, **options: Any) -> Any:
         dialect, inside = self._engine.dialect, self._now()
-        connect = type(dialect).connect
+        connect: Any = dialect.__class__.connect
         if inside is None:
             return connect(dialect, *given, **options)
         place = place_of(given[0], bool(options.get("uri")))
@@ -205,7 +204,7 @@ def _idle(pool: Any) -> list[Any]:
     queue = getattr(pool, "_pool", None)
     queued: Any = getattr(getattr(queue, "_queue", None), "_queue", None) or getattr(queue, "queue", ())
     records = [*queued][:: -1 if getattr(queue, "use_lifo", False) else 1]
-    records.append(vars(pool).get("connection"))  # StaticPool's
+    records.append(pool.__dict__.get("connection"))  # StaticPool's
     return [each.dbapi_connection for each in records if each is not None and each.dbapi_connection]
 
 
