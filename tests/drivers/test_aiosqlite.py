@@ -53,7 +53,7 @@ async def test_the_check_fails_where_it_is_closed() -> None:
 
 async def test_a_statement_in_the_midst_of_its_work_is_cut_off() -> None:
     """And the thread ends, which else would keep the process alive."""
-    connection = await awaited()
+    connection: Any = await awaited()
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
     await connection.set_progress_handler(lambda: driver.terminate(connection), 1000)
     with pytest.raises(sqlite3.OperationalError, match="interrupted"):
