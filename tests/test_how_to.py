@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -314,18 +315,25 @@ async def test_a_request_whose_commit_fails_is_not_told_that_it_worked(servers: 
         assert (await client.put("/books/Emma")).status_code == 500
 
 
-async def test_an_engine_of_another_dialect_has_no_sandbox() -> None:
+async def test_an_engine_on_sqlite_has_a_sandbox_and_one_of_another_dialect_has_none() -> None:
     registry = Registry()
 
     @registry.resource
     def engine() -> Engine:
         return create_engine("sqlite://")
 
+    @registry.resource
+    def encrypted() -> Engine:
+        return create_engine("sqlite+pysqlcipher://", module=sqlite3)
+
     with testing.sandboxing():
         async with registry.lifespan() as lifespan:
-            with pytest.raises(SandboxUnsupportedError):
+            with pytest.raises(SandboxUnsupportedError, match="pysqlcipher"):
                 async with lifespan.sandbox():
                     pass
+    with testing.sandboxing(), registry.override(encrypted, create_engine("sqlite://")):
+        async with registry.lifespan() as lifespan, lifespan.sandbox():
+            pass
 
 
 # -- a driver ----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
 
 DRIVEN = {
     "aiopg",
+    "aiosqlite",
     "asyncpg",
     "fakeredis",
     "httpx",
@@ -223,6 +224,8 @@ def test_what_a_part_needs_of_other_packages_is_its_own_kind(file: Path) -> None
         foreign -= {file.stem, *BESIDE.get(file.stem, ())}
     if file.parent == PACKAGE / "_sandbox" / "redis" and file.stem in OF_REDIS:
         foreign -= {"redis"}
+    if file == PACKAGE / "_sandbox" / "sqlite" / "engines.py":
+        foreign -= {"sqlalchemy"}
     if file.stem in ("_pytest", "_loops", "_seeds", "pytest_plugin"):
         foreign -= {"pytest"}
     assert not foreign & (DRIVEN | FRAMEWORKS | TEST_LIBRARIES | {"trio"})

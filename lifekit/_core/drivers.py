@@ -214,6 +214,7 @@ class Driver(Generic[T]):
 _BUILT_IN = {
     "asyncpg.pool.Pool": "asyncpg",
     "asyncpg.connection.Connection": "asyncpg.connection_driver",
+    "aiosqlite.core.Connection": "aiosqlite",
     "aiopg.pool.Pool": "aiopg",
     "aiopg.connection.Connection": "aiopg.connection_driver",
     "psycopg.Connection": "psycopg_connection.sync_driver",

@@ -198,6 +198,12 @@ def pool_sandbox(gateway: Any, driver: Pooled[T], value: T) -> Sandbox:
     return made
 
 
+def sqlite_sandbox(gateway: Any, driver: Driver[T], value: T) -> Sandbox:
+    """Return what lets a value work on private copies of SQLite's databases in blocks."""
+    made: Sandbox = gateway.sqlite(driver, value)
+    return made
+
+
 def mix_in(noting: Any, pool: Any) -> None:
     """Let *pool*, an open one, do what *noting* adds to its class: note who acquires."""
     if not isinstance(pool, noting):

@@ -29,7 +29,7 @@ from lifekit._core.transient import is_known_to_pass
 from lifekit._util.loops import running_loop
 from lifekit._util.redact import redact
 
-from ._checkouts import Checkout, Checkouts, Pooled, current_task, mix_in, pool_sandbox
+from ._checkouts import Checkout, Checkouts, Pooled, current_task, mix_in, pool_sandbox, sqlite_sandbox
 from ._doors import by_way_of
 from ._lock import AsyncpgSession, PostgresLock, PsycopgSession, Session
 
@@ -136,10 +136,13 @@ class _Engines(Pooled[T]):
         """Let the engine's dialect connect by way of the gateway."""
         dialect: Any = root(sync(value)).dialect
         use = use_of(value)
-        if dialect.name != "postgresql" or dialect.driver not in _DRIVERS:
+        if (dialect.name, dialect.driver) not in _DRIVERS:
             return UnsupportedSandbox(f"{dialect.name}+{dialect.driver}")
         if use.gateway is gateway:
             return None  # by another engine, from which this one derives, or that derives from this
+        if dialect.name == "sqlite":
+            use.gateway = gateway
+            return sqlite_sandbox(gateway, self, value)
         kind: Any = dialect.__class__
 
         def by_gateway(*args: Any, **given: Any) -> Any:
@@ -156,11 +159,13 @@ class _Engines(Pooled[T]):
         """Let the engine connect as it did."""
         use = use_of(value)
         if use.gateway is not None:
-            del root(sync(value)).dialect.connect
+            root(sync(value)).dialect.__dict__.pop("connect", None)
         use.gateway = None
 
     async def reconnect(self, value: T) -> None:
-        """Close the idle connections."""
+        """Close the idle connections, where they lead to a server."""
+        if sync(value).dialect.name == "sqlite":
+            return  # they may be all that there is of a database
         engine, here = sync(value), running_loop()
         idle = list(_idle(engine.pool))
         if idle and all(_loop_of(each.dbapi_connection) in (None, here) for each in idle):
@@ -180,6 +185,8 @@ class _Engines(Pooled[T]):
         driver = connection.driver_connection
         if hasattr(driver, "is_in_transaction"):  # asyncpg's
             return not driver.is_closed() and bool(driver.is_in_transaction())
+        if hasattr(driver, "in_transaction"):  # SQLite's
+            return bool(driver.in_transaction)
         info = getattr(driver, "info", None)
         return info is not None and info.transaction_status not in (0, 4)  # idle, unknown
 
@@ -190,7 +197,13 @@ class _Engines(Pooled[T]):
             await greenlet_spawn(connection.invalidate)
 
 
-_DRIVERS = {"asyncpg", "pg8000", "psycopg", "psycopg2", "psycopg_async"}
+_DRIVERS = {
+    *(
+        ("postgresql", driver)
+        for driver in ("asyncpg", "pg8000", "psycopg", "psycopg2", "psycopg_async")
+    ),
+    *(("sqlite", driver) for driver in ("aiosqlite", "pysqlite")),
+}
 
 
 def _came_by_gateway(use: Use, connection: Any, record: Any) -> None:
@@ -219,9 +232,10 @@ class UnsupportedSandbox(Sandbox):
         """Return what says so."""
         return SandboxUnsupportedError(
             f"a SQLAlchemy engine on {self._name} can't be sandboxed, one on postgresql with asyncpg, "
-            "psycopg, psycopg2 or pg8000 can. Let the engine's factory make that under test, override "
-            'the resource, run the test without a sandbox, @pytest.mark.lifekit(isolation="none"), '
-            "or say in its declaration that it may last: @registry.resource(…, sandbox=False)."
+            "psycopg, psycopg2 or pg8000 can, and one on sqlite with aiosqlite or pysqlite. Let the "
+            "engine's factory make that under test, override the resource, run the test without a "
+            'sandbox, @pytest.mark.lifekit(isolation="none"), or say in its declaration that it may '
+            "last: @registry.resource(…, sandbox=False)."
         )
 
     async def begin(self) -> None:

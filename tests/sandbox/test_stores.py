@@ -90,8 +90,11 @@ async def test_a_value_that_cannot_be_undone_is_refused_when_a_block_begins(what
 
 
 async def test_an_engine_of_another_database_is_refused_with_all_ways_out() -> None:
-    with pytest.raises(SandboxUnsupportedError, match=r"on sqlite\+pysqlite can't be.*sandbox=False"):
-        await begins(registry_of(lambda: create_engine("sqlite://")))
+    def make() -> Any:
+        return create_engine("sqlite+pysqlcipher://", module=sqlite3)
+
+    with pytest.raises(SandboxUnsupportedError, match=r"on sqlite\+pysqlcipher can't.*sandbox=False"):
+        await begins(registry_of(make))
 
 
 async def test_outside_of_blocks_and_without_test_mode_nothing_is_refused() -> None:

@@ -52,6 +52,9 @@ class _Past:
     def pool(self, *what: object) -> Any:
         """Return nothing: no block is told of it."""
 
+    def sqlite(self, *what: object) -> Any:
+        """Return nothing, likewise."""
+
     def knows(self, number: int | None) -> bool:
         """Return that all is as it is to be."""
         return True
@@ -314,7 +317,7 @@ class PostgresSandbox(Isolation):
 
     async def _cut_off_those_left(self) -> list[str]:
         """Cut off what tasks that the block started, and that go on, have connected by themselves."""
-        await _lets_go(lambda: not list(self._left()))
+        await lets_go(lambda: not list(self._left()))
         left = list(self._left())
         for _, number in left:
             await self.cut(number)
@@ -342,6 +345,16 @@ class PostgresSandbox(Isolation):
         from lifekit._sandbox.redis.client import sandbox  # here, for it imports redis
 
         return sandbox(client, described, self)
+
+    def sqlite(self, driver: Any, value: Any) -> Sandbox:
+        """Return the sandbox of an engine on SQLite, or of a connection of aiosqlite."""
+        if issubclass(type(driver), Pooled):
+            from lifekit._sandbox.sqlite.engines import EngineSandbox  # here, for it imports sqlalchemy
+
+            return EngineSandbox(self, driver, value)
+        from lifekit._sandbox.sqlite.connections import ConnectionSandbox  # and this aiosqlite
+
+        return ConnectionSandbox(self, value)
 
     def refusal(
         self,
@@ -427,7 +440,7 @@ class PoolSandbox(Sandbox, Generic[T]):
         return True
 
     async def _left_over(self, block: Block | None, before: list[Any]) -> list[Any]:
-        await _lets_go(lambda: next(self._strays(block, before), None) is None)
+        await lets_go(lambda: next(self._strays(block, before), None) is None)
         # Where its task has ended, the driver may give it back just now: asyncpg waits there for what
         # it cancels.
         until = anyio.current_time() + GIVING_BACK
@@ -475,7 +488,7 @@ class PoolSandbox(Sandbox, Generic[T]):
         self._postgres.drop(self)
 
 
-async def _lets_go(is_free: Callable[[], bool]) -> None:
+async def lets_go(is_free: Callable[[], bool]) -> None:
     """Let tasks that are about to end do so, for a hundred rounds of the event loop."""
     for _ in range(100):
         if is_free():

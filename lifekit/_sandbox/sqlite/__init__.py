@@ -1,0 +1,1 @@
+"""The sandbox of what works on SQLite: in each block on private copies."""
