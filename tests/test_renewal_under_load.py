@@ -21,7 +21,6 @@ import lifekit
 from lifekit import Registry, embedded, events, testing
 
 REQUESTS, AT_ONCE, RENEW_EVERY = 2000, 20, 0.2
-MANY = 10_000
 
 
 class Logins:
@@ -91,19 +90,18 @@ ASYNCIO, UVLOOP = ("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop":
 
 
 @pytest.mark.anyio
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("driver", "anyio_backend", "requests"),
+    ("driver", "anyio_backend"),
     [
-        pytest.param(of_asyncpg, UVLOOP, REQUESTS, id="asyncpg, uvloop"),
-        pytest.param(of_asyncpg, UVLOOP, MANY, id="asyncpg, uvloop, many", marks=pytest.mark.long),
-        pytest.param(of_asyncpg, ASYNCIO, MANY, id="asyncpg, asyncio", marks=pytest.mark.long),
-        pytest.param(of_psycopg, UVLOOP, MANY, id="psycopg, uvloop", marks=pytest.mark.long),
-        pytest.param(of_sqlalchemy, ASYNCIO, MANY, id="SQLAlchemy, asyncio", marks=pytest.mark.long),
+        pytest.param(of_asyncpg, UVLOOP, id="asyncpg, uvloop"),
+        pytest.param(of_asyncpg, ASYNCIO, id="asyncpg, asyncio", marks=pytest.mark.long),
+        pytest.param(of_psycopg, UVLOOP, id="psycopg, uvloop", marks=pytest.mark.long),
+        pytest.param(of_sqlalchemy, ASYNCIO, id="SQLAlchemy, asyncio", marks=pytest.mark.long),
     ],
 )
 async def test_no_request_fails_and_old_logins_are_gone(
-    anyio_backend: object, logins: Logins, driver: Callable[[str], Any], requests: int
+    anyio_backend: object, logins: Logins, driver: Callable[[str], Any]
 ) -> None:
     heard: list[events.Event] = []
     registry = Registry("shop", on_event=heard.append)
@@ -137,7 +135,7 @@ async def test_no_request_fails_and_old_logins_are_gone(
     async with testing.client(app) as client, anyio.create_task_group() as tasks:
 
         async def visitor() -> None:
-            for _ in range(requests // AT_ONCE):
+            for _ in range(REQUESTS // AT_ONCE):
                 answer = await client.get("/")
                 assert answer.status_code == 200, answer.text
                 answers.append(answer.json())
@@ -149,10 +147,9 @@ async def test_no_request_fails_and_old_logins_are_gone(
             while not {logins.names[-1]} >= logins.connected():  # noqa: ASYNC110
                 await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
-    assert len(answers) == requests
+    assert len(answers) == REQUESTS
     assert all(first == second for first, second, _ in answers)
     renewals = sum(isinstance(each, events.Renewed) for each in heard)
-    print(f"{requests} requests amid {renewals} renewals")
     assert renewals >= 2
     assert len({first for first, _, _ in answers}) >= 2
     assert len({*working}) >= 2
