@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ._core.errors import Phase, summary
+from ._core.errors import Phase, UnavailableError, summary
 from ._core.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Renewed(_ResourceEvent):
 
 @dataclass(frozen=True, slots=True)
 class RenewalFailed(_ResourceEvent):
-    """A renewal came to nothing: the old values stay."""
+    """A renewal came to nothing: the old values stay, where there were any."""
 
     error: BaseException = field(repr=False)  # its text may hold a password
 
@@ -261,6 +261,9 @@ def log(event: Event) -> None:
             )
         case Renewed():
             logger.info(f"{event.resource} renewed in {event.seconds:.3f} s")
+        case RenewalFailed(error=UnavailableError()):
+            cause = summary(event.error)
+            logger.warning(f"{event.resource} is not there to be renewed, and opens by itself: {cause}")
         case RenewalFailed():
             logger.error(f"{event.resource} was not renewed, and stays: {summary(event.error)}")
         case HeldTooLong():

@@ -15,9 +15,11 @@ from fastapi import Depends, FastAPI, Request
 from lifekit import (
     DeclarationError,
     LifekitError,
+    Lifespan,
     NotOpenError,
     OverrideError,
     Registry,
+    Resource,
     SandboxUnsupportedError,
     StartupError,
     UnavailableError,
@@ -356,7 +358,7 @@ def test_a_closing_of_the_old_one_that_fails_is_told_and_not_raised_hours_later(
 
 @backends
 def test_an_optional_dependent_that_is_away_does_not_hinder_it_and_comes_with_the_new_one(
-    backend: str,
+    backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shop = Shop()
     up: list[bool] = []
@@ -376,11 +378,47 @@ def test_an_optional_dependent_that_is_away_does_not_hinder_it_and_comes_with_th
                 lifespan[search]
             with pytest.raises(UnavailableError):
                 await lifespan.renew(search)
+            assert "search is not there to be renewed, and opens by itself: Unav" in caplog.text
+            assert "search was not renewed" not in caplog.text
             up.append(True)
             await lifespan.renew(shop.db)  # amid which it opens with the value before
             await anyio.sleep(20)
             assert lifespan[search] == "search in db3"
             assert "db2 closes" in shop.lines
+
+    in_time(main, backend)
+
+
+@backends
+def test_a_factory_that_renews_while_a_renewal_waits_for_it_is_refused_by_name(backend: str) -> None:
+    """Its own resource or another one: either would wait for itself forever."""
+    registry = Registry("shop")
+    asks: list[Resource[str]] = []
+    running: list[Lifespan] = []
+
+    @registry.resource
+    async def db() -> AsyncGenerator[str]:
+        if asks:
+            await running[0].renew(asks.pop())
+        yield "db"
+
+    @registry.resource
+    def other() -> str:
+        return "other"
+
+    async def main() -> None:
+        async with registry.lifespan() as lifespan:
+            running.append(lifespan)
+            for asked in (db, other):
+                asks.append(asked)
+                with pytest.raises(StartupError) as caught:
+                    await lifespan.renew(db)
+                ((name, error),) = caught.value.failures
+                assert name == "db"
+                assert str(error).startswith(f"{asked.name} (")
+                assert "can't be renewed by the factory of db (" in str(error)
+            await lifespan.renew(db)
+            await lifespan.renew(other)
 
     in_time(main, backend)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -16,15 +17,26 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import unix_connect
 
 import lifekit
 from lifekit import CrashError, Registry, asgi
 
-from .serving import LIMIT, SERVERS, Connection, Fleet, fleet, until
+from .serving import LIMIT, SERVERS, Connection, Fleet, Process, fleet, until
 
 __all__ = ["fleet"]
 
 FOUR = ("uvicorn-uvloop", "hypercorn", "granian", "gunicorn")
+SOON = 20.0
+"""Seconds for what takes half of one, on a machine that is busy; less than any server's own limit."""
+OTHERS = [
+    name
+    for name in SERVERS
+    if name not in (*FOUR, "hypercorn-trio", "hypercorn-trio-no-workers", "granian-uvloop")
+]
+BUT_GRANIAN = [name for name in FOUR if name != "granian"]
+"""Whose worker may hang at Ctrl-C, or be lost while it closes a websocket: see the page."""
 SOME = [name for name in SERVERS if name not in ("hypercorn-trio", "hypercorn-trio-no-workers")]
 
 
@@ -60,6 +72,72 @@ def test_a_crash_stops_the_server_in_order_and_is_told(fleet: Fleet) -> None:
         assert "Closed ledger" in notes
         assert "the outbox is broken" in process.output
         assert "CrashError" in process.output
+
+
+WAYS: dict[str, Callable[[Process], None]] = {
+    "SIGTERM": Process.terminate,
+    "Ctrl-C": Process.interrupt,
+    "a crash": lambda process: process.tell("crash"),
+}
+"""What ends an application."""
+OTHERWISE = {"uvicorn": (1012, ""), "gunicorn": (1012, ""), "granian": None}
+"""What a client sees where the server is faster than the application, as the page says."""
+
+
+@pytest.mark.parametrize(
+    ("how", "times", "names", "options"),
+    [
+        pytest.param("SIGTERM", 1, FOUR, [], id="SIGTERM"),
+        pytest.param("a crash", 1, FOUR, [], id="a crash"),
+        pytest.param("SIGTERM", 2, FOUR, [], id="SIGTERM twice", marks=pytest.mark.long),
+        pytest.param("Ctrl-C", 1, BUT_GRANIAN, [], id="Ctrl-C", marks=pytest.mark.long),
+        pytest.param("Ctrl-C", 2, BUT_GRANIAN, [], id="Ctrl-C twice", marks=pytest.mark.long),
+        *(
+            pytest.param(how, 1, OTHERS, [], id=f"{how}, others", marks=pytest.mark.long)
+            for how in WAYS
+        ),
+        *(
+            pytest.param(
+                how,
+                1,
+                ["uvicorn-uvloop"],
+                ["--ws", "wsproto"],
+                id=f"{how}, wsproto",
+                marks=pytest.mark.long,
+            )
+            for how in WAYS
+        ),
+    ],
+)
+def test_an_endless_websocket_is_closed_and_the_process_ends(
+    fleet: Fleet, how: str, times: int, names: list[str], options: list[str]
+) -> None:
+    """The application's own code closes it, before anything else closes."""
+    environment = {"CRASH": "yes"} if how == "a crash" else {}
+    processes = fleet(names, "working:app", options, **environment)
+    for process in processes:
+        process.connect().close()
+        with unix_connect(str(process.socket), "ws://served/socket") as client:
+            assert client.recv(LIMIT) == "tick"
+            began = time.monotonic()
+            for _ in range(times):
+                WAYS[how](process)
+            with pytest.raises(ConnectionClosed) as caught:
+                client.recv(LIMIT)
+        received = caught.value.rcvd
+        closed = (received.code, received.reason) if received is not None else None
+        assert closed in ((1001, "the application stops"), OTHERWISE.get(process.server, ())), (
+            process.output
+        )
+        process.noted("Stopped")
+        if process.server != "gunicorn" or how != "a crash":  # whose parent begins another worker
+            process.ended()
+        took = time.monotonic() - began
+        print(f"{process.name}: {closed}, ended after {took:.2f} s")
+        assert took < SOON
+        notes = process.notes[: process.notes.index("Stopped")]
+        assert notes.index("websocket ended") < notes.index("Stopping")
+        assert notes[-1] == "Closed ledger"
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

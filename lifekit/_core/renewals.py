@@ -28,7 +28,7 @@ from .errors import (
     is_a,
 )
 from .generations import Generation
-from .node import RUNNING, Node, State
+from .node import RUNNING, Node, State, belongs_to
 from .plan import dependents
 from .resource import Resource
 from .running import why_not_open
@@ -67,6 +67,10 @@ class Renewals:
         renewal = Renewal(resource, self._owner.event(), by_clock=by_clock)
         self._owner.change(partial(self._add, renewal))
         return renewal
+
+    def wait_for(self, node: Node) -> bool:
+        """Return whether one of them is not done before *node* has opened, or closed again."""
+        return node.renewal in self._queue
 
     def arm(self, node: Node) -> None:
         """Let an open resource be renewed when its time has come."""
@@ -284,6 +288,13 @@ async def renew(resource: Resource[Any], lifespan: Lifespan, owner: Engine) -> N
         raise LifekitError(
             f"{resource.name} ({resource.location}) is {kind}, and can't be renewed. Renew what "
             "is built anew from its declaration: a resource."
+        )
+    builder = belongs_to.get()
+    if builder is not None and owner.renewals.wait_for(builder):
+        raise LifekitError(
+            f"{resource.name} ({resource.location}) can't be renewed by the factory of "
+            f"{builder.resource.name} ({builder.resource.location}): a renewal is waiting for that, "
+            "and this one would wait for both. Call renew() when it is open, in a worker or a request."
         )
     renewal = owner.renewals.ask(resource)
     try:

@@ -1,4 +1,4 @@
-"""An application with a worker and an endless stream, which end when they are told of the stop.
+"""An application with a worker, an endless stream and websocket, which end when told of the stop.
 
 CRASH names the worker's fate: it crashes as soon as the file ``crash`` is there.
 """
@@ -12,7 +12,8 @@ import anyio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 import lifekit
 from lifekit import Registry, asgi
@@ -58,6 +59,15 @@ async def stream(request: Request) -> StreamingResponse:
     return StreamingResponse(numbers())
 
 
+async def socket(websocket: WebSocket) -> None:
+    """Say something now and then, until the application ends."""
+    await websocket.accept()
+    async for _ in lifekit.stopping().until(_ticks()):
+        await websocket.send_text("tick")
+    note("websocket ended")
+    await websocket.close(1001, "the application stops")
+
+
 async def _ticks() -> AsyncGenerator[None]:
     yield
     await anyio.sleep_forever()
@@ -72,6 +82,7 @@ app = Starlette(
     routes=[
         Route("/", quick),
         Route("/stream", stream),
+        WebSocketRoute("/socket", socket),
         Mount("/health", asgi.health(registry)),
     ],
     lifespan=registry.lifespan,
