@@ -32,7 +32,10 @@ def of_a_class(url: str) -> Any:
 
 
 def of_a_function(url: str) -> Any:
-    return psycopg2.connect(url, connection_factory=lambda dsn, **given: DictConnection(dsn, **given))
+    def made(dsn: str, **given: Any) -> Any:
+        return DictConnection(dsn, **given)
+
+    return psycopg2.connect(url, connection_factory=made)
 
 
 def of_a_pool(url: str) -> Any:
