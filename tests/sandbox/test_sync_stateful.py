@@ -35,11 +35,14 @@ from .differential import (
 )
 from .test_sqlalchemy_stateful import CORE, CROWDS, MODES
 
+MOST = 4
+"""Connections of the pool."""
+
 
 async def connect(url: str) -> Any:
     return create_engine(
         f"postgresql+psycopg2{url.removeprefix('postgresql')}",
-        pool_size=3,
+        pool_size=MOST - 1,
         max_overflow=1,
         pool_timeout=0.05,
         connect_args={"options": "-c app.name="},
@@ -203,7 +206,8 @@ class SyncApplication(Application):
             with self.pool.begin() as connection:
                 return connection.exec_driver_sql(statement).rowcount
 
-        each = (asyncio.to_thread(run, statement) for statement in statements)
+        free = MOST - len(self.held)  # where one waits for another, chance says for how long
+        each = (asyncio.to_thread(run, statement) for statement in statements[:free])
         seen = await asyncio.gather(*each, return_exceptions=True)
         return str(sorted(f"{type(one).__name__}: {one}" for one in seen))
 
