@@ -18,9 +18,10 @@ from lifekit._core.drivers import Tls
 from . import messages
 from .hub import Begun, Hub
 from .messages import ProtocolError, Startup
-from .place import Listener, Place, Wire, reach
+from .place import Place
 from .real import Relay
 from .virtual import Socket, VirtualConnection
+from .wires import Listener, Wire, reach
 
 PORT: Final = 5432
 """Of the unix sockets that lead to a gateway: their folders tell them apart."""

@@ -17,8 +17,8 @@ from typing import Any
 from lifekit._core.block import refuse_stragglers
 
 from .gateway import Gateway, Server
-from .place import reach
 from .virtual import VirtualConnection
+from .wires import reach
 
 _OF_NOBODY = (b"X", b"\0")
 """How a Terminate begins, and what comes before the login: a pool's housekeeping, as a cancellation."""

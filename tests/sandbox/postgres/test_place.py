@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from lifekit._sandbox.postgres.place import Idleness, Place, Wire
+from lifekit._sandbox.postgres.place import Idleness, Place
+from lifekit._sandbox.postgres.wires import Wire
 from lifekit.embedded import Server
 
 from .clients import Psycopg2, running_gateway, through
