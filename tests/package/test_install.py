@@ -30,7 +30,8 @@ def test_each_module_can_be_imported_unless_it_is_of_one_driver(installed: Envir
     """What can't lacks the package that it is about, and nothing else."""
     lacking = dict(line.split() for line in installed.run(PROGRAMS / "modules.py").splitlines())
     assert lacking == {
-        "lifekit.drivers.aiopg": "psycopg2",
+        "lifekit.drivers.aiopg": "aiopg",
+        "lifekit.drivers.aiosqlite": "aiosqlite",
         "lifekit.drivers.asyncpg": "asyncpg",
         "lifekit.drivers.pg8000": "pg8000",
         "lifekit.drivers.psycopg": "psycopg",
@@ -41,6 +42,8 @@ def test_each_module_can_be_imported_unless_it_is_of_one_driver(installed: Envir
         "lifekit.pytest_plugin": "pytest",
         "lifekit._sandbox.redis.gate": "redis",
         "lifekit._sandbox.redis.lease": "redis",
+        "lifekit._sandbox.sqlite.connections": "aiosqlite",
+        "lifekit._sandbox.sqlite.engines": "sqlalchemy",
         "lifekit._sandbox.redis.client": "redis",
         "lifekit.testing._loops": "pytest",
         "lifekit.testing._pytest": "pytest",
