@@ -88,10 +88,12 @@ OTHERWISE = {"uvicorn": (1012, ""), "gunicorn": (1012, ""), "granian": None}
     ("how", "times", "names", "options"),
     [
         pytest.param("SIGTERM", 1, FOUR, [], id="SIGTERM"),
-        pytest.param("a crash", 1, FOUR, [], id="a crash"),
+        pytest.param("a crash", 1, FOUR, [], id="a crash", marks=pytest.mark.long),
         pytest.param("SIGTERM", 2, FOUR, [], id="SIGTERM twice", marks=pytest.mark.long),
         pytest.param("Ctrl-C", 1, BUT_GRANIAN, [], id="Ctrl-C", marks=pytest.mark.long),
-        pytest.param("Ctrl-C", 2, BUT_GRANIAN, [], id="Ctrl-C twice", marks=pytest.mark.long),
+        pytest.param(
+            "Ctrl-C", 2, ["uvicorn-uvloop", "hypercorn"], [], id="Ctrl-C twice", marks=pytest.mark.long
+        ),
         *(
             pytest.param(how, 1, OTHERS, [], id=f"{how}, others", marks=pytest.mark.long)
             for how in WAYS
