@@ -47,9 +47,9 @@ class Shop:
 
 @pytest.fixture
 def shop() -> Any:
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     yield Shop()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= before
 
 
 async def _add(first: int, second: int) -> int:
