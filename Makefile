@@ -7,6 +7,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 SILENT := --quiet --quiet
+# Many tests start programs, and each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 # uv reads no pip.conf: where that says how to reach an index, pip itself installs.
 PIP_KNOWS_MORE := '\.(index-url|no-index|proxy|trusted-host|client-cert)='
 
@@ -27,10 +29,10 @@ run: $(READY)  ## Serve the example application until Ctrl-C
 	@cd docs/examples && ../../$(BIN)/python -m shortener.demo --stay
 
 test: $(READY)  ## Run the tests; ARGS goes to pytest: make test ARGS="-k example -x"
-	@$(if $(ARGS),,echo "Running more than 6000 tests in two processes: about four minutes on two idle cores.")
+	@$(if $(ARGS),,echo "Running more than 6000 tests in two processes: about three minutes on two idle cores.")
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-long: $(READY)  ## Run the tests that take minutes
+test-long: $(READY)  ## Run the tests that take minutes; TIMES=10 for ten times as many random ones
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m long --timeout 1200 $(ARGS)
 
 test-proofs: $(READY)  ## Run what is run before a release: other libraries' suites, random applications
@@ -99,7 +101,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing Python packages from PyPI ..."
 	@{ ! $(BIN)/python -m pip config list | grep -Eq $(PIP_KNOWS_MORE) \
 		&& $(BIN)/python $(PIP_INSTALL) $(SILENT) -c constraints.txt uv \
-		&& $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; } 2>/dev/null || { \
+		&& $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; } 2>/dev/null || { \
 		echo "Now with pip, which takes about two minutes:"; \
 		$(BIN)/python $(PIP_INSTALL) --progress-bar off -c constraints.txt -e '.[dev]'; }
 	@touch $@

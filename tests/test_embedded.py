@@ -329,6 +329,7 @@ async def test_a_server_that_ended_by_itself_is_cleared_away(place: Path) -> Non
     assert not _left(place)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("anyio_backend", "start", "step"),
     [
@@ -475,6 +476,7 @@ def _taken_port() -> Generator[int]:
         yield taken.getsockname()[1]
 
 
+@pytest.mark.long
 @both
 @asyncio_only
 async def test_a_port_that_somebody_takes_meanwhile_is_replaced(
@@ -549,6 +551,7 @@ def _environment(place: Path) -> dict[str, str]:
     return {"PATH": os.defpath, "TMPDIR": str(place), "PYTHONPATH": path}
 
 
+@pytest.mark.long
 @linux_only
 def test_the_servers_of_a_killed_program_end(place: Path) -> None:
     """SIGKILL gives it no time to stop them: the kernel does."""
@@ -594,6 +597,7 @@ def _interpreter_for_nobody(place: Path) -> str:
     pytest.skip("no Python that the user 'nobody' can reach")
 
 
+@pytest.mark.long
 @root_only
 def test_an_ordinary_user_runs_the_servers_as_itself(place: Path) -> None:
     """Without root nothing is changed to anybody."""
@@ -622,6 +626,7 @@ def _modes(*paths: Path) -> dict[Path, int]:
     return {each: each.stat().st_mode for path in paths for each in (path, *path.parents)}
 
 
+@pytest.mark.long
 @root_only
 @asyncio_only
 async def test_as_root_programs_that_nobody_can_reach_are_copied_and_no_mode_is_changed(

@@ -300,6 +300,7 @@ def test_the_demo_prints_its_answers_and_both_timelines(database_url: str, redis
     assert "\nSIGTERM, while that goes on: it has ended\n" in output
 
 
+@pytest.mark.long
 def test_a_demo_that_stays_ends_with_ctrl_c_and_leaves_no_process() -> None:
     with _demo("--stay") as demo:
         try:
@@ -323,6 +324,7 @@ def test_a_demo_that_stays_ends_with_ctrl_c_and_leaves_no_process() -> None:
     assert alive == []
 
 
+@pytest.mark.long
 def test_a_demo_whose_server_is_not_there_says_so_and_ends(redis_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]  # free again when the demo asks

@@ -81,6 +81,7 @@ SERVED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("modules", "passed", "options"), SERVED)
 def test_a_cure_on_the_page_passes(
     modules: tuple[str, ...],

@@ -21,7 +21,7 @@ from .pages import ROOT
 EXAMPLES = ROOT / "docs" / "examples"
 LIMIT = 120
 """Seconds for what takes one, for a machine that is busy."""
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.long]  # processes of their own, which import much
 
 
 @pytest.fixture

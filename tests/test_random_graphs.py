@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import lifekit
 from lifekit import CrashError, Registry, ShutdownError, StartupError, events
+from tests.depth import TIMES
 
 from . import virtual_time
 from .leaks import tasks_alive
@@ -421,7 +422,7 @@ def test_random_graphs_keep_every_promise(case: Case) -> None:
 @unstarted
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@settings(quickly, max_examples=1000, derandomize=True)
+@settings(quickly, max_examples=250 * TIMES, derandomize=True)
 @given(cases())
-def test_thousands_of_random_graphs_keep_every_promise(case: Case) -> None:
+def test_many_random_graphs_keep_every_promise(case: Case) -> None:
     check(case)

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+import pytest
+
 from lifekit.embedded import Server
 
 from .serving import CLOSED, STARTED, Fleet, connections, fleet, status
@@ -76,6 +78,7 @@ def test_a_failed_start_ends_the_process_with_a_readable_error(fleet: Fleet) -> 
         assert "hunter2" not in process.output
 
 
+@pytest.mark.long
 def test_ctrl_c_during_a_start_that_hangs_ends_it_at_its_deadline(fleet: Fleet) -> None:
     """The servers only note the signal: what ends the start is ``start_timeout``, here 0.5 s."""
     names = ("uvicorn-uvloop", "hypercorn", "gunicorn")  # granian hangs: see the page

@@ -91,6 +91,7 @@ MALFORMED = [
 
 
 @pytest.mark.anyio
+@pytest.mark.long
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_no_driver_quotes_a_part_of_the_password(client: str) -> None:

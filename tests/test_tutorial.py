@@ -176,6 +176,7 @@ def _perform(reader: Reader, blocks: list[Block]) -> None:
         reader.press_ctrl_c()
 
 
+@pytest.mark.long
 def test_every_command_prints_what_the_page_shows(readers: list[Reader]) -> None:
     blocks = [block for block in _blocks() if "pip install" not in block.text]
     # To save time, one reader runs the application, while another, who has typed it, tests it.

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+
 SAMPLES = Path(__file__).with_name("typing")
 MARK = "# error"
 
@@ -66,7 +68,6 @@ def reports(pytestconfig: pytest.Config) -> dict[str, list[Finding]]:
         return dict(zip(["mypy", "pyright"], threads.map(check, [mypy, pyright]), strict=True))
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_what_fits_has_no_errors_and_every_handle_its_type(
     reports: dict[str, list[Finding]], checker: str
@@ -74,7 +75,6 @@ def test_what_fits_has_no_errors_and_every_handle_its_type(
     assert [finding for finding in reports[checker] if finding.file == "good.py"] == []
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_what_does_not_fit_is_an_error_on_its_line_and_on_no_other(
     reports: dict[str, list[Finding]], checker: str

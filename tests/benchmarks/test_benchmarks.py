@@ -54,6 +54,7 @@ def test_benchmarks_of_isolation_have_their_bars() -> None:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BARRED)
 def test_a_benchmark_gives_one_row_with_a_bar_and_positive_ratios(name: str) -> None:
     """Each benchmark measures something, and holds exactly one of its rows to a bar."""

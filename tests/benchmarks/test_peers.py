@@ -206,6 +206,7 @@ CONTESTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("shared_postgres")
 @pytest.mark.parametrize("name", CONTESTS)
 def test_a_contest_has_a_row_for_each_and_no_bar(name: str) -> None:

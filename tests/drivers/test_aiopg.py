@@ -28,7 +28,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(
     params=[
         pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
     ]
 )
 def anyio_backend(request: pytest.FixtureRequest) -> object:

@@ -505,6 +505,7 @@ every_pain = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @every_pain
 def test_with_lifekit_it_is_cured_or_refused(pain: Pain, programs: Programs) -> None:
     """The same program with lifekit works in silence, or ends by an error that says what to do."""

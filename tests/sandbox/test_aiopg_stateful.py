@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg2 import extensions, extras
 
+from tests.depth import TIMES
+
 from ..virtual_time import pass_time
 from .differential import (
     DEFERRABLE,
@@ -400,7 +402,7 @@ def test_what_matters_most(worlds: Worlds, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@settings(calm, max_examples=120, derandomize=True)
+@settings(calm, max_examples=40 * TIMES, derandomize=True)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with many more."""

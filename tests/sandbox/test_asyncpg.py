@@ -32,7 +32,7 @@ BOTH_LOOPS = pytest.mark.parametrize(
     "anyio_backend",
     [
         pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
     ],
 )
 ADD = "INSERT INTO app.item (v) VALUES (1)"

@@ -17,6 +17,8 @@ from psycopg import AsyncClientCursor, AsyncRawCursor, AsyncTransaction, Isolati
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
+from tests.depth import TIMES
+
 from ..virtual_time import pass_time
 from .differential import (
     DEFERRABLE,
@@ -449,7 +451,7 @@ def test_what_matters_most(worlds: Worlds, steps: list[tuple[Any, ...] | str]) -
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@settings(calm, max_examples=120, derandomize=True)
+@settings(calm, max_examples=40 * TIMES, derandomize=True)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with many more."""

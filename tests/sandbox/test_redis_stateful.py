@@ -16,6 +16,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 
 from lifekit import Registry, embedded
 from lifekit.testing import sandboxing
+from tests.depth import TIMES
 
 from .differential import POOL, Limit, Op, Seen, assert_same, calm, sequences_of
 
@@ -823,7 +824,7 @@ def enumerate_kinds(kind: str) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@settings(calm, max_examples=120, derandomize=True)
+@settings(calm, max_examples=40 * TIMES, derandomize=True)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with many more."""

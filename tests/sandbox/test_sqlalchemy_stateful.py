@@ -16,6 +16,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from tests.depth import TIMES
+
 from .differential import (
     DDL,
     DEFERRABLE,
@@ -420,7 +422,7 @@ def test_what_matters_most(worlds: Worlds, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@settings(calm, max_examples=120, derandomize=True)
+@settings(calm, max_examples=40 * TIMES, derandomize=True)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with many more."""

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from tests.depth import TIMES
+
 from .differential import (
     DDL,
     DEFERRABLE,
@@ -243,7 +245,7 @@ def test_an_application_sees_the_same_as_in_production(worlds: Worlds, sequence:
 
 @pytest.mark.proof
 @pytest.mark.timeout(1200)
-@settings(calm, max_examples=120, derandomize=True)
+@settings(calm, max_examples=40 * TIMES, derandomize=True)
 @given(sequences)
 def test_many_applications_see_the_same_as_in_production(worlds: Worlds, sequence: list[Op]) -> None:
     """The same, with many more."""

@@ -108,6 +108,7 @@ async def test_exits(client):
 """
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("servers")
 def test_however_a_test_dies_the_servers_hold_what_they_held(inner: Inner) -> None:
     """Those after it find nothing of it, and nothing is left when the run is over."""
@@ -170,6 +171,7 @@ def test_sync(sync_client, number):
 """
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("servers")
 def test_workers_of_xdist_share_one_database_and_one_redis(inner: Inner) -> None:
     """Each works in its own transaction and database number, and the summary is about all of them."""

@@ -14,6 +14,7 @@ from lifekit._sandbox.postgres.hub import Hub
 from lifekit._sandbox.postgres.messages import Backend, Frontend, ProtocolError, Startup
 from lifekit._sandbox.postgres.real import Relay
 from lifekit._sandbox.postgres.virtual import VirtualConnection
+from tests.depth import TIMES
 
 ERROR = messages.error("42601", "no")
 
@@ -321,7 +322,7 @@ def test_whatever_is_said_the_gateway_stands(told: list[Step]) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@settings(many, max_examples=3000, derandomize=True)
+@settings(many, max_examples=1000 * TIMES, derandomize=True)
 @given(steps)
 def test_whatever_is_said_at_length_the_gateway_stands(told: list[Step]) -> None:
     run(told)

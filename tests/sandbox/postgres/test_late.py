@@ -14,6 +14,7 @@ from lifekit._sandbox.postgres.hub import Hub
 from lifekit._sandbox.postgres.messages import Backend, Frontend, Startup
 from lifekit._sandbox.postgres.real import Relay
 from lifekit._sandbox.postgres.virtual import VirtualConnection
+from tests.depth import TIMES
 
 USERS = 3
 READY = b"Z\0\0\0\5"
@@ -300,4 +301,4 @@ def test_however_late_the_server_answers_everybody_gets_what_is_theirs() -> None
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_however_late_it_answers_at_length() -> None:
-    run_all(range(2_000, 60_000))
+    run_all(range(2_000, 2_000 + 15_000 * TIMES))
