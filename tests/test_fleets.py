@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -33,9 +32,8 @@ from lifekit._core import leading
 from lifekit.drivers import _lock
 from lifekit.embedded import Server
 
-ROOT = Path(__file__).parents[1]
-LIMIT = 120.0
-"""Seconds for what takes one, for a machine that is busy."""
+from .fleets import LIMIT, disturb, fleet_of, until
+
 pytestmark = pytest.mark.anyio
 LOCKED = """select count(*) from pg_locks join pg_database on pg_database.oid = database
 where locktype = 'advisory' and datname = current_database()"""
@@ -87,16 +85,6 @@ class Fleet:
     async def until(self, lifespan: Lifespan, state: str) -> None:
         """Wait until its worker is in that state."""
         await until(lambda: lifespan[self.lead].state == state)
-
-
-async def until(is_so: Callable[[], Any]) -> None:
-    """Wait until something is so; a function that says it may be async."""
-    with anyio.fail_after(LIMIT):
-        # Whatever it is, no event tells of it here.
-        while not (  # noqa: ASYNC110
-            await said if inspect.isawaitable(said := is_so()) else said
-        ):
-            await anyio.sleep(0.01)
 
 
 async def _no_sessions(postgres: Server) -> None:
@@ -344,101 +332,6 @@ async def test_pgbouncer_is_refused_in_transaction_mode_alone(postgres: Server, 
 
 # -- processes -------------------------------------------------------------------------------------
 
-TABLES = """
-create table fence (number bigint not null);
-insert into fence values (0);
-create table written (
-    id bigserial primary key, number bigint, process bigint, accepted bool,
-    at timestamptz default clock_timestamp()
-);
-create table migrated (process bigint);
-"""
-
-
-class Processes:
-    """A fleet of processes, tests/apps/fleet.py, and the rows that they write."""
-
-    def __init__(self, environment: dict[str, str], rows: asyncpg.Connection) -> None:
-        self._environment, self.rows = environment, rows
-        self.all: list[subprocess.Popen[bytes]] = []
-        self.disturbed: set[int] = set()
-
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start another one."""
-        self.all.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.apps.fleet"],
-                cwd=ROOT,
-                env={**os.environ, **self._environment},
-                stdin=subprocess.DEVNULL,
-            )
-        )
-        return self.all[-1]
-
-    async def leader(self, after: int = 0) -> tuple[int, int]:
-        """Wait for a row with a higher number than that; return it and its process."""
-        with anyio.fail_after(LIMIT):
-            while True:
-                row = await self.rows.fetchrow(
-                    "select number, process from written where number > $1 order by id desc limit 1",
-                    after,
-                )
-                if row is not None:
-                    return row["number"], row["process"]
-                await anyio.sleep(0.02)
-
-    async def check(self) -> None:
-        """Raise unless there was one leader at a time."""
-        rows = await self.rows.fetch("select number, process, accepted from written order by id")
-        accepted = [row["number"] for row in rows if row["accepted"]]
-        assert accepted == sorted(accepted)
-        assert len({(row["number"], row["process"]) for row in rows}) == len({*accepted})
-        refused = [row for row in rows if not row["accepted"]]
-        # One whose own lock was taken from it may have one row under way, and no more.
-        assert {row["process"] for row in refused} <= self.disturbed
-        assert len(refused) <= len({row["number"] for row in refused})
-
-
-@asynccontextmanager
-async def _fleet(
-    kind: str, postgres: Server, valkey: Server, lease: float
-) -> AsyncGenerator[Processes]:
-    admin = await asyncpg.connect(postgres.url)
-    name = f"fleet_{random.randrange(10**9)}"
-    await admin.execute(f"create database {name}")
-    url = f"{postgres.url.rpartition('/')[0]}/{name}"
-    rows = await asyncpg.connect(url)
-    await rows.execute(TABLES)
-    lock = valkey.url if kind == "redis" else url
-    fleet = Processes({"LOCK": lock, "DATABASE": url, "KIND": kind, "LEASE": str(lease)}, rows)
-    try:
-        yield fleet
-    finally:
-        for each in fleet.all:
-            each.kill()
-            each.wait()
-        await rows.close()
-        await admin.execute(f"drop database {name} with (force)")
-        await admin.close()
-
-
-async def _disturb(fleet: Processes, how: str, kind: str, leader: int) -> None:
-    if how == "killed":
-        os.kill(leader, signal.SIGKILL)
-        fleet.start()
-    elif how == "terminated":
-        os.kill(leader, signal.SIGTERM)
-        fleet.start()
-    elif how == "disconnected":
-        fleet.disturbed.add(leader)
-        await fleet.rows.fetch(
-            "select pg_terminate_backend(pid) from pg_stat_activity "
-            "where application_name = 'lifekit fleet.write'"
-        )
-    else:
-        fleet.disturbed.add(leader)
-        os.kill(leader, signal.SIGSTOP)
-
 
 @pytest.mark.parametrize(
     ("kind", "how"),
@@ -454,11 +347,11 @@ async def _disturb(fleet: Processes, how: str, kind: str, leader: int) -> None:
 async def test_when_a_leader_is_gone_another_leads_and_never_two_at_once(
     kind: str, how: str, postgres: Server, valkey: Server
 ) -> None:
-    async with _fleet(kind, postgres, valkey, lease=2.0) as fleet:
+    async with fleet_of(kind, postgres, valkey, lease=2.0) as fleet:
         for _ in range(3):
             fleet.start()
         number, leader = await fleet.leader()
-        await _disturb(fleet, how, kind, leader)
+        await disturb(fleet, how, leader)
         next_number, other = await fleet.leader(after=number)
         assert how == "disconnected" or other != leader
         if how == "stopped":
@@ -481,7 +374,7 @@ async def test_never_two_at_once_however_often_leaders_are_gone(
 ) -> None:
     rounds = int(os.environ.get("ROUNDS", "200"))
     lease, waited = 2.0, list[float]()
-    async with _fleet(kind, postgres, valkey, lease) as fleet:
+    async with fleet_of(kind, postgres, valkey, lease) as fleet:
         for _ in range(8):
             fleet.start()
         number, leader = await fleet.leader()
@@ -489,7 +382,7 @@ async def test_never_two_at_once_however_often_leaders_are_gone(
             ways = ["killed", "stopped", "terminated", *["disconnected"] * (kind != "redis")]
             how = random.choice(ways)
             began = time.monotonic()
-            await _disturb(fleet, how, kind, leader)
+            await disturb(fleet, how, leader)
             stopped = leader if how == "stopped" else None
             number, leader = await fleet.leader(after=number)
             waited.append(time.monotonic() - began)
