@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 import lifekit
 from lifekit import Registry, embedded, events, testing
 
-REQUESTS, AT_ONCE, RENEW_EVERY = 2000, 20, 0.2
+FEW, MANY, AT_ONCE = 300, 10_000, 20
 
 
 class Logins:
@@ -90,23 +90,27 @@ ASYNCIO, UVLOOP = ("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop":
 
 
 @pytest.mark.anyio
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("driver", "anyio_backend"),
+    ("driver", "anyio_backend", "requests"),
     [
-        pytest.param(of_asyncpg, UVLOOP, id="asyncpg, uvloop"),
-        pytest.param(of_asyncpg, ASYNCIO, id="asyncpg, asyncio", marks=pytest.mark.long),
-        pytest.param(of_psycopg, UVLOOP, id="psycopg, uvloop", marks=pytest.mark.long),
-        pytest.param(of_sqlalchemy, ASYNCIO, id="SQLAlchemy, asyncio", marks=pytest.mark.long),
+        pytest.param(of_asyncpg, UVLOOP, FEW, id="asyncpg, uvloop"),
+        pytest.param(of_psycopg, ASYNCIO, 2000, id="psycopg, asyncio", marks=pytest.mark.long),
+        pytest.param(of_asyncpg, UVLOOP, MANY, id="asyncpg, uvloop, many", marks=pytest.mark.proof),
+        pytest.param(of_asyncpg, ASYNCIO, MANY, id="asyncpg, asyncio, many", marks=pytest.mark.proof),
+        pytest.param(of_psycopg, UVLOOP, MANY, id="psycopg, uvloop, many", marks=pytest.mark.proof),
+        pytest.param(
+            of_sqlalchemy, ASYNCIO, MANY, id="SQLAlchemy, asyncio, many", marks=pytest.mark.proof
+        ),
     ],
 )
 async def test_no_request_fails_and_old_logins_are_gone(
-    anyio_backend: object, logins: Logins, driver: Callable[[str], Any]
+    anyio_backend: object, logins: Logins, driver: Callable[[str], Any], requests: int
 ) -> None:
     heard: list[events.Event] = []
     registry = Registry("shop", on_event=heard.append)
 
-    @registry.resource(renew_every=RENEW_EVERY)
+    @registry.resource(renew_every=0.1 if requests == FEW else 0.2)
     def db() -> Any:
         return driver(logins.new())
 
@@ -132,10 +136,14 @@ async def test_no_request_fails_and_old_logins_are_gone(
         return [first, await who(value), await who(db.get())]
 
     answers: list[list[str]] = []
+
+    def renewals() -> int:
+        return sum(isinstance(each, events.Renewed) for each in heard)
+
     async with testing.client(app) as client, anyio.create_task_group() as tasks:
 
         async def visitor() -> None:
-            for _ in range(REQUESTS // AT_ONCE):
+            while len(answers) < requests or renewals() < 3:
                 answer = await client.get("/")
                 assert answer.status_code == 200, answer.text
                 answers.append(answer.json())
@@ -147,10 +155,8 @@ async def test_no_request_fails_and_old_logins_are_gone(
             while not {logins.names[-1]} >= logins.connected():  # noqa: ASYNC110
                 await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
-    assert len(answers) == REQUESTS
+    print(f"{len(answers)} requests amid {renewals()} renewals, {len({*working})} seen by the worker")
     assert all(first == second for first, second, _ in answers)
-    renewals = sum(isinstance(each, events.Renewed) for each in heard)
-    assert renewals >= 2
     assert len({first for first, _, _ in answers}) >= 2
     assert len({*working}) >= 2
     kinds = (events.RenewalFailed, events.HeldTooLong, events.CloseFailed, events.WorkerFailed)
