@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false
 """Fleets whose lock is on a server that restarts, in order or not; real servers, real processes."""
 
 from __future__ import annotations

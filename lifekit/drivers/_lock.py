@@ -17,7 +17,7 @@ import anyio
 from lifekit._core.errors import DeclarationError
 
 # A commit that is not on disk yet is forgotten where the server breaks down, and its number given anew.
-_DURABLE = """set_config('synchronous_commit',
+_DURABLE = """select set_config('synchronous_commit',
     coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), false)"""
 _NUMBER = "select pg_current_xact_id()::text::bigint from pg_logical_emit_message(true, 'lifekit', '')"
 
@@ -120,7 +120,7 @@ class PostgresLock:
                 **dict.fromkeys(("statement_timeout", "lock_timeout"), "0"),
             }
             each = (f"set_config('{name}', '{value}', false)" for name, value in settings.items())
-            await session.fetch(f"select {', '.join(each)}, {_DURABLE}")
+            await session.fetch(f"{_DURABLE}, {', '.join(each)}")
         except BaseException:
             session.terminate()
             raise
