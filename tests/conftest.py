@@ -24,6 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_finish() -> None:
     """Leave out of each later collection of garbage what the modules of all tests consist of."""
+    import hypothesis  # noqa: F401, its plugin imports it later, when it finds no referrers of what is frozen
+
     gc.collect()
     gc.freeze()
 

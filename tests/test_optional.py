@@ -552,3 +552,32 @@ def test_a_stand_in_can_need_it_no_more_than_what_it_stands_in_for(backend: str)
     shop = Shop()
     with pytest.raises(OverrideError, match="is required, and needs cache"):
         shop.registry.override(shop.db, shop.cache)
+
+
+@backends
+def test_a_slow_end_of_an_attempt_is_no_delay_of_anything_else(backend: str) -> None:
+    """The time of the next attempt has passed by then; nothing has blocked the loop."""
+    begun: list[float] = []
+    registry = Registry("shop", close_timeout=100.0)
+
+    @registry.resource(renew_every=30.0)
+    async def db() -> AsyncGenerator[str]:
+        begun.append(anyio.current_time())
+        yield "db"
+
+    async def fails_at_first(value: str) -> None:
+        if len(begun) == 1:
+            raise ConnectionError(f"{value} is away")
+
+    @registry.resource(required=False, check=fails_at_first)
+    async def cache() -> AsyncGenerator[str]:
+        yield "cache"
+        await anyio.sleep(20)
+
+    async def main() -> None:
+        async with registry.lifespan():
+            await anyio.sleep(61)
+            first, *later = begun
+            assert [at - first for at in later] == pytest.approx([30.0, 60.0])
+
+    in_time(main, backend)

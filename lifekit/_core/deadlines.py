@@ -80,7 +80,8 @@ class Deadlines:
         if self._alarms:
             now = self.now()
             look = now + max(BLOCKED, (self._next_alarm - now) / LOOKS)
-            self._wakes_at = min(self._next_alarm, look)
+            # An alarm may be set for a time that has passed, which is nobody's delay.
+            self._wakes_at = max(now, min(self._next_alarm, look))
         return self._wakes_at
 
     def awake(self) -> None:
