@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
+from importlib import import_module
 
 import pytest
 from anyio.from_thread import start_blocking_portal
@@ -24,8 +25,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_finish() -> None:
     """Leave out of each later collection of garbage what the modules of all tests consist of."""
-    import hypothesis  # noqa: F401, its plugin imports it later, when it finds no referrers of what is frozen
-
+    import_module(
+        "hypothesis"
+    )  # whose plugin does it later, when it finds no referrers of what is frozen
     gc.collect()
     gc.freeze()
 
