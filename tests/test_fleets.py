@@ -32,6 +32,7 @@ from lifekit._core import leading
 from lifekit.drivers import _lock
 from lifekit.embedded import Server
 
+from .depth import TIMES
 from .fleets import LIMIT, disturb, fleet_of, until
 
 pytestmark = pytest.mark.anyio
@@ -372,7 +373,7 @@ async def test_when_a_leader_is_gone_another_leads_and_never_two_at_once(
 async def test_never_two_at_once_however_often_leaders_are_gone(
     kind: str, postgres: Server, valkey: Server
 ) -> None:
-    rounds = int(os.environ.get("ROUNDS", "200"))
+    rounds = 200 * TIMES
     lease, waited = 2.0, list[float]()
     async with fleet_of(kind, postgres, valkey, lease) as fleet:
         for _ in range(8):

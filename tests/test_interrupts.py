@@ -140,8 +140,14 @@ def test_ctrl_c_during_a_start_and_during_its_rollback_skips_no_closing(
     interrupted(script(runner), {"open-second": 1, "close-first": 2})
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param(1, marks=pytest.mark.long),
+        pytest.param(2, marks=pytest.mark.proof),
+        pytest.param(3, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("runner", ALL_RUNNERS)
 def test_ctrl_c_at_any_moment_skips_no_closing(

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lifekit import CrashError, LifekitError, Registry, ShutdownError, StartupError, events
-from tests.depth import TIMES
 
 from . import virtual_time
+from .depth import TIMES
 from .leaks import tasks_alive
 from .test_failure_product import BoomError
 

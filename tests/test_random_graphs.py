@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 import lifekit
 from lifekit import CrashError, Registry, ShutdownError, StartupError, events
-from tests.depth import TIMES
 
 from . import virtual_time
+from .depth import TIMES
 from .leaks import tasks_alive
 from .test_failure_product import BoomError, Interrupt, leaves
 

@@ -23,6 +23,7 @@ import lifekit
 from lifekit import LifekitError, embedded
 from lifekit.embedded import Server
 
+from .depth import TIMES
 from .fleets import LIMIT, disturb, fleet_of, until
 
 pytestmark = pytest.mark.anyio
@@ -108,7 +109,7 @@ async def test_numbers_grow_though_the_lock_s_server_breaks_down_at_once() -> No
     "rounds",
     [
         pytest.param(4, id="a few", marks=pytest.mark.long),
-        pytest.param(int(os.environ.get("ROUNDS", "60")), id="many", marks=pytest.mark.proof),
+        pytest.param(60 * TIMES, id="many", marks=pytest.mark.proof),
     ],
 )
 async def test_never_two_at_once_though_the_lock_s_server_restarts(

@@ -198,7 +198,7 @@ def test_a_crash_under_what_can_t_be_told_leaves_it_open_and_says_so(
 @pytest.mark.long
 def test_a_delayed_stop_is_unready_and_serves_on_until_the_server_hears_of_it(fleet: Fleet) -> None:
     """A second SIGTERM, as a parent or a process group sends it, does not end the delay."""
-    processes = fleet([name for name in FOUR if name != "granian"], "working:app", DELAY="15")
+    processes = fleet(BUT_GRANIAN, "working:app", DELAY="15")
     for process in processes:
         connection = process.connect()
         process.terminate()

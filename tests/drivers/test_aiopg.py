@@ -20,17 +20,13 @@ from psycopg2 import errors
 from lifekit._core.errors import DeclarationError
 from lifekit.drivers.aiopg import driver
 
+from ..depth import LOOPS
 from .conftest import Sessions, below, ended, until
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
-    ]
-)
+@pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> object:
     """aiopg is asyncio's own."""
     return request.param

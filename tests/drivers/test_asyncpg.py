@@ -18,6 +18,7 @@ from lifekit._core.errors import DeclarationError
 from lifekit._core.transient import is_transient
 from lifekit.drivers.asyncpg import driver
 
+from ..depth import LOOPS
 from .conftest import Sessions, below, ended, until
 
 pytestmark = pytest.mark.anyio
@@ -25,12 +26,7 @@ pytestmark = pytest.mark.anyio
 Pool = asyncpg.Pool
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
-    ]
-)
+@pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> object:
     """asyncpg is asyncio's own."""
     return request.param

@@ -17,6 +17,7 @@ from lifekit._core.errors import DeadlineError, DeclarationError
 from lifekit._core.transient import is_transient
 from lifekit.drivers.psycopg import driver
 
+from ..depth import LOOPS
 from .conftest import Sessions, below, ended, until
 
 pytestmark = pytest.mark.anyio
@@ -24,12 +25,7 @@ pytestmark = pytest.mark.anyio
 Pool = AsyncConnectionPool[Any]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
-    ]
-)
+@pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> object:
     """psycopg is asyncio's own here."""
     return request.param

@@ -26,17 +26,13 @@ from lifekit import embedded
 from lifekit._core.errors import DeclarationError
 from lifekit.drivers.redis import Client, driver
 
+from ..depth import LOOPS
 from .conftest import ended, until
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
-    ]
-)
+@pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> object:
     """redis.asyncio is asyncio's own."""
     return request.param

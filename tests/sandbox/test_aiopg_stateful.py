@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg2 import extensions, extras
 
-from tests.depth import TIMES
-
+from ..depth import TIMES
 from ..virtual_time import pass_time
 from .differential import (
     DEFERRABLE,

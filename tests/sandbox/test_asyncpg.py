@@ -21,6 +21,7 @@ from lifekit import Registry, SandboxBusyError, SandboxError, SandboxEscapedErro
 from lifekit.embedded import Server
 from lifekit.testing import sandboxing
 
+from ..depth import LOOPS
 from ..virtual_time import pass_time
 from .conftest import SLEEPING, asleep
 from .differential import SCHEMA
@@ -28,13 +29,7 @@ from .past import Past, database
 
 pytestmark = pytest.mark.anyio
 
-BOTH_LOOPS = pytest.mark.parametrize(
-    "anyio_backend",
-    [
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
-    ],
-)
+BOTH_LOOPS = pytest.mark.parametrize("anyio_backend", LOOPS)
 ADD = "INSERT INTO app.item (v) VALUES (1)"
 COUNT = "SELECT count(*) FROM app.item"
 HELD = """SELECT coalesce(md5(string_agg(t, ',' ORDER BY t)), '') FROM (

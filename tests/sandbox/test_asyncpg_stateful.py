@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.depth import TIMES
-
+from ..depth import TIMES
 from ..virtual_time import pass_time
 from .differential import (
     DDL,

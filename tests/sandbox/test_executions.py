@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from lifekit.embedded import Server
-from tests.depth import TIMES
 
+from ..depth import TIMES
 from .executions import CLIENTS, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore")

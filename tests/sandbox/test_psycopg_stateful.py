@@ -17,8 +17,7 @@ from psycopg import AsyncClientCursor, AsyncRawCursor, AsyncTransaction, Isolati
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from tests.depth import TIMES
-
+from ..depth import TIMES
 from ..virtual_time import pass_time
 from .differential import (
     DEFERRABLE,

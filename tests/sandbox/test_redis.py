@@ -30,17 +30,14 @@ from lifekit.testing import sandboxing
 from lifekit.testing._fake_redis import fake_redis
 from tests.drivers.conftest import below, until
 
+from ..depth import LOOPS
+
 pytestmark = pytest.mark.anyio
 
 LEASE = "lifekit-lease-"
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.long),
-    ]
-)
+@pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> object:
     """redis.asyncio is asyncio's own."""
     return request.param

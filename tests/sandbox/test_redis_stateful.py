@@ -16,8 +16,8 @@ from redis.asyncio import BlockingConnectionPool, Redis
 
 from lifekit import Registry, embedded
 from lifekit.testing import sandboxing
-from tests.depth import TIMES
 
+from ..depth import TIMES
 from .differential import POOL, Limit, Op, Seen, assert_same, calm, sequences_of
 
 OTHER = POOL

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
-from tests.depth import TIMES
-
+from ..depth import TIMES
 from .differential import (
     DDL,
     DEFERRABLE,

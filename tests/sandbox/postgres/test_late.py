@@ -14,7 +14,8 @@ from lifekit._sandbox.postgres.hub import Hub
 from lifekit._sandbox.postgres.messages import Backend, Frontend, Startup
 from lifekit._sandbox.postgres.real import Relay
 from lifekit._sandbox.postgres.virtual import VirtualConnection
-from tests.depth import TIMES
+
+from ...depth import TIMES
 
 USERS = 3
 READY = b"Z\0\0\0\5"
