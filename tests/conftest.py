@@ -25,9 +25,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_finish() -> None:
     """Leave out of each later collection of garbage what the modules of all tests consist of."""
-    import_module(
-        "hypothesis"
-    )  # whose plugin does it later, when it finds no referrers of what is frozen
+    # Its plugin does that later, and then finds no referrers, which are frozen.
+    import_module("hypothesis")
     gc.collect()
     gc.freeze()
 
